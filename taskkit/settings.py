@@ -1,0 +1,243 @@
+"""The one dict `TASKKIT` as typed data: every key, its default, its meaning.
+
+Pure: it reads neither Django nor the environment; callers hand in plain data. The README's table is compared with
+`Settings` by a test.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal
+
+import msgspec
+from msgspec import Meta, Struct
+
+from taskkit.errors import SettingsError
+
+#: Prefix of environment variables: TASKKIT_BIND, TASKKIT_POOLS (JSON) …
+ENVIRONMENT_PREFIX: Final = "TASKKIT_"
+
+_Positive = Annotated[int, Meta(ge=1)]
+#: At most a day: a wait without an end is none.
+_Seconds = Annotated[float, Meta(ge=0, le=86_400)]
+
+
+def default_runners() -> int:
+    """Return how many runs one pool performs at once: twice the usable cores, at least four."""
+    return max(4, 2 * len(os.sched_getaffinity(0)))
+
+
+class PoolSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The runners of one kind.
+
+    Attributes:
+      runners: how many runs at once.
+      standby: idle runners kept forked beyond that, so that a start costs about a millisecond.
+      runs: runs per process; 1 gives every run a fresh process.
+      concurrency: runs at once in one process (async tasks only); the compartment is then the process.
+      start: "fork" from the zygote, or "spawn" for libraries that do not survive a fork.
+      loop: event loop of async tasks.
+      nice: added to the runner's priority.
+      memory_limit: bytes of address space (RLIMIT_AS); a task's own `memory_limit` stands over it.
+      cpu_limit: seconds of CPU per process (RLIMIT_CPU).
+      timeout: seconds per attempt, unless the task or the submission says otherwise.
+    """
+
+    runners: _Positive | None = None
+    standby: Annotated[int, Meta(ge=0)] = 2
+    runs: _Positive = 1
+    concurrency: _Positive = 1
+    start: Literal["fork", "spawn"] = "fork"
+    loop: Literal["asyncio", "trio"] = "asyncio"
+    nice: Annotated[int, Meta(ge=0, le=19)] = 5
+    memory_limit: _Positive | None = None
+    cpu_limit: _Positive | None = None
+    timeout: Annotated[float, Meta(gt=0)] | None = None
+
+    @property
+    def size(self) -> int:
+        """How many runs at once, default resolved."""
+        return self.runners if self.runners is not None else default_runners()
+
+
+class LimitSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Bounds; what lies beyond gets a clear error.
+
+    Attributes:
+      body_bytes: of a request.
+      event_bytes: of one event's JSON.
+      result_bytes: of a result's JSON.
+      queued_runs: that wait; then 429.
+      connections: at once; then 503.
+      cancel_grace_seconds: between asking a run to stop and TERM.
+      kill_grace_seconds: between TERM and KILL.
+      stop_grace_seconds: for open runs when the tree stops.
+      output_lines_per_second: stored per runner; what is more is dropped with a count.
+    """
+
+    body_bytes: _Positive = 1024 * 1024
+    event_bytes: _Positive = 1024 * 1024
+    result_bytes: _Positive = 8 * 1024 * 1024
+    queued_runs: _Positive = 10_000
+    connections: _Positive = 10_000
+    cancel_grace_seconds: _Seconds = 5.0
+    kill_grace_seconds: _Seconds = 2.0
+    stop_grace_seconds: _Seconds = 10.0
+    output_lines_per_second: _Positive = 2_000
+
+
+class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, rename="upper"):
+    """Everything that can be set.
+
+    Attributes:
+      state_dir: directory of the store, the key, the sockets; made when missing.
+      bind: `HOST:PORT` of the gateway; port 0 takes a free one.
+      uds: path of a Unix socket to listen on instead.
+      key_file: key of the tokens; default `key` in the state directory.
+      allowed_hosts: accepted Host headers; default Django's ALLOWED_HOSTS, plus loopback names.
+      cors_origins: origins whose pages may read answers.
+      pools: pools by name; "default" always exists.
+      limits: bounds.
+      intake_runners: runners that validate and save model tasks submitted over HTTP.
+      start_on_connect: whether a GET on a seed's route may start a row that never ran.
+    """
+
+    state_dir: str | None = None
+    bind: str = "127.0.0.1:8888"
+    uds: str | None = None
+    key_file: str | None = None
+    allowed_hosts: list[str] | None = None
+    cors_origins: list[str] = []
+    pools: dict[str, PoolSettings] = {}
+    limits: LimitSettings = LimitSettings()
+    intake_runners: Annotated[int, Meta(ge=0)] = 1
+    start_on_connect: bool = False
+
+    def pool(self, name: str) -> PoolSettings | None:
+        """Return a pool's settings; "default" exists without being named."""
+        return self.pools.get(name, PoolSettings() if name == "default" else None)
+
+    @property
+    def all_pools(self) -> dict[str, PoolSettings]:
+        """Every pool by name, "default" included."""
+        return {"default": PoolSettings(), **self.pools}
+
+
+def _where(path: str, value: Any) -> tuple[str, Any]:
+    """Return the key and the value at msgspec's `path`, such as `$.LIMITS.connections` or `$.CORS_ORIGINS[1]`."""
+    for part in re.findall(r"\.([^.\[]+)|\[(\d+)\]", path):
+        name, index = part
+        if name and isinstance(value, Mapping) and name in value:
+            value = value[name]
+        elif index and isinstance(value, list) and int(index) < len(value):
+            value = value[int(index)]
+        else:
+            break
+    return path.removeprefix("$").lstrip("."), value
+
+
+def _convert(value: Any, type: Any, source: str, prefix: str = "") -> Any:
+    try:
+        return msgspec.convert(value, type=type)
+    except msgspec.ValidationError as error:
+        reason, _, path = str(error).partition(" - at `")
+        key, shown = _where(path.rstrip("`"), value)
+        key = ".".join(filter(None, (prefix, key)))
+        if "unknown field" in reason:
+            kind = type if prefix else Settings
+            if not prefix and key == "LIMITS":
+                kind = LimitSettings
+            known = ", ".join(field.encode_name for field in msgspec.structs.fields(kind))
+            reason += f"; the keys are {known}"
+        raise SettingsError(f"{source}: {key or 'TASKKIT'} = {shown!r:.200}: {reason}") from error
+
+
+def load_settings(value: Mapping[str, Any], source: str = "TASKKIT") -> Settings:
+    """Return the settings in `value`, plain data by upper-case key.
+
+    Raises:
+      SettingsError: a key is unknown or a value is wrong; the message names both. The user's fault.
+    """
+    for name, pool in _mapping_of(value.get("POOLS")).items():
+        _convert(
+            pool, PoolSettings, source, f"POOLS.{name}"
+        )  # one by one: msgspec does not say which of them is wrong
+    settings: Settings = _convert(dict(value), Settings, source)
+    parse_bind(settings.bind)
+    for name in settings.pools:
+        if not name.isidentifier():
+            raise SettingsError(f"{source}: POOLS has the name {name!r}; use letters, digits and underscores")
+        pool = settings.pools[name]
+        if pool.concurrency > 1 and pool.runs < pool.concurrency:
+            raise SettingsError(
+                f"{source}: POOLS.{name}.runs = {pool.runs} is below concurrency = {pool.concurrency}; "
+                "raise `runs` (a process cannot hold more runs at once than it performs in its life)"
+            )
+    return settings
+
+
+def _mapping_of(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
+
+
+def dump_settings(settings: Settings) -> dict[str, Any]:
+    """Return plain data that `load_settings` reads back."""
+    plain: dict[str, Any] = msgspec.to_builtins(settings)
+    return plain
+
+
+def from_environment(environment: Mapping[str, str]) -> dict[str, Any]:
+    """Return the settings given as TASKKIT_<KEY>: text as it is, anything else as JSON.
+
+    Raises:
+      SettingsError: a value that has to be JSON is none.
+    """
+    found: dict[str, Any] = {}
+    for field in msgspec.structs.fields(Settings):
+        name = ENVIRONMENT_PREFIX + field.encode_name
+        if name not in environment:
+            continue
+        text = environment[name]
+        if field.type in (str, str | None):
+            found[field.encode_name] = text
+            continue
+        try:
+            found[field.encode_name] = json.loads(text)
+        except ValueError as error:
+            raise SettingsError(f"environment: {name} = {text!r} is no JSON: {error}") from error
+    return found
+
+
+def parse_bind(bind: str) -> tuple[str, int]:
+    """Return host and port of `HOST:PORT`; an IPv6 host stands in brackets.
+
+    Raises:
+      SettingsError: it has another form.
+    """
+    host, colon, port = bind.rpartition(":")
+    bare = host.removeprefix("[").removesuffix("]")
+    well_formed = host == (f"[{bare}]" if ":" in bare else bare) and bare
+    if not colon or not well_formed or not (port.isascii() and port.isdecimal()) or int(port) > 65535:
+        raise SettingsError(f"BIND = {bind!r}: write HOST:PORT, for example 127.0.0.1:8888 or [::1]:0")
+    return bare, int(port)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach `host`."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def default_state_dir(settings_module: str, environment: Mapping[str, str]) -> Path:
+    """Return `$XDG_STATE_HOME/bulkhead/<settings module>` (XDG Base Directory Specification)."""
+    base = environment.get("XDG_STATE_HOME") or os.path.join(environment.get("HOME", "/"), ".local", "state")
+    return Path(base) / "bulkhead" / settings_module

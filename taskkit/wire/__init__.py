@@ -1,0 +1,1 @@
+"""The protocol between processes: frames, messages, codec, session. Pure: bytes in, bytes out."""

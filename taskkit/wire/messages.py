@@ -1,0 +1,552 @@
+"""Every message between two processes of the tree, as frozen structs.
+
+Who sends what to whom is the union type at the end of each section; `codec` refuses anything else on that link.
+Times are Unix seconds as float (wall clock, for display only), durations are seconds, sizes are bytes. JSON that
+crosses as bytes is rendered once, by the process that made it, and passed on untouched.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from msgspec import Struct
+
+
+class Message(Struct, frozen=True, kw_only=True, tag=True, tag_field="message", omit_defaults=True):
+    """Base of all messages; the tag is the class name."""
+
+
+# --- data carried by several messages ------------------------------------------------------------------------
+
+
+class Row(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Address of a task row in the project's database: `model` is the model's class name, `pk` its JSON value."""
+
+    app: str
+    model: str
+    pk: Any
+    using: str = "default"
+
+    @property
+    def key(self) -> str:
+        """The row's identity, the same for any letter case of the model's name."""
+        return f"{self.app}.{self.model.lower()}:{self.pk}"
+
+
+class TaskInfo(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """One task of the catalogue.
+
+    Attributes:
+      name: `<app label>.<function or model>`.
+      path: dotted path, accepted as a name as well.
+      kind: "function" or "model".
+      parameters: JSON Schema (2020-12) of the keyword arguments, or of a model's `submit_fields`.
+      positional: names of the parameters in their order, for submissions with `args`.
+      on_lost: "retry" or "fail"; what happens when the machine fails under the run.
+      on_disconnect: "continue" or "cancel".
+    """
+
+    name: str
+    path: str
+    kind: str
+    doc: str = ""
+    parameters: dict[str, Any] = {}
+    positional: tuple[str, ...] = ()
+    pool: str = "default"
+    priority: int = 0
+    timeout: float | None = None
+    max_attempts: int = 1
+    memory_limit: int | None = None
+    on_lost: str = "retry"
+    on_disconnect: str = "continue"
+    metadata: dict[str, Any] = {}
+
+
+class TaskFailure(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """An exception as data: class path, message, traceback text. Never a pickled object."""
+
+    exception: str
+    message: str = ""
+    traceback: str = ""
+
+
+class Cause(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """How a process died, as far as the supervisor can tell.
+
+    Attributes:
+      kind: "signal", "exit", "no_result" (exit code 0, but no result), "oom", "oom_suspected", "cpu_limit",
+        "timeout", "cancelled", "operator", "corrupt" (garbage on its events pipe), "descriptors" (its user code
+        closed them), "boot" (it never came up), "stopped" (the tree stops), "lost" (the supervisor went away).
+      signal: name such as "SIGSEGV", when a signal ended it.
+      exit_code: when it left by itself.
+      max_rss: bytes.
+      cpu: seconds, user and system together.
+      traceback: what faulthandler wrote at a fatal signal.
+      detail: a sentence for people.
+    """
+
+    kind: str
+    signal: str | None = None
+    exit_code: int | None = None
+    max_rss: int = 0
+    cpu: float = 0.0
+    traceback: str = ""
+    detail: str = ""
+
+
+class RunnerSpec(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What a runner has to know before its first order.
+
+    Attributes:
+      id: name of the runner, unique for the life of the state directory.
+      role: "runner" or "intake".
+      pipe_size: granted bytes of its events pipe.
+      event_limit: largest JSON of one event, bytes.
+      result_limit: largest JSON of a result, bytes.
+      cpu_limit: seconds of CPU before SIGXCPU, or None.
+      nice: added to the priority.
+    """
+
+    id: str
+    pool: str = "default"
+    role: str = "runner"
+    pipe_size: int = 65536
+    concurrency: int = 1
+    runs: int = 1
+    loop: str = "asyncio"
+    nice: int = 0
+    memory_limit: int | None = None
+    cpu_limit: int | None = None
+    event_limit: int = 1024 * 1024
+    result_limit: int = 8 * 1024 * 1024
+
+
+# --- gateway → runner (orders) -------------------------------------------------------------------------------
+
+
+class Start(Message, frozen=True):
+    """Perform one attempt. Sent again after a takeover: a runner ignores a `token` it has seen."""
+
+    run: str
+    attempt: int
+    token: str
+    task: str
+    args: list[Any] = []
+    kwargs: dict[str, Any] = {}
+    row: Row | None = None
+    max_attempts: int = 1
+    metadata: dict[str, Any] = {}
+    memory_limit: int | None = None
+
+
+class Cancel(Message, frozen=True):
+    """Ask the attempt with this token to stop: cooperative; the supervisor holds the deadline."""
+
+    token: str
+    reason: str = "cancelled"
+
+
+class Create(Message, frozen=True):
+    """Validate and save a row of a model task (intake runners only); answered by `Created` with the same `ask`."""
+
+    ask: str
+    task: str
+    fields: dict[str, Any]
+
+
+class Retire(Message, frozen=True):
+    """Finish what is open, then leave with exit code 0."""
+
+
+Order = Start | Cancel | Create | Retire
+
+
+# --- runner → gateway (frames on the events pipe) -------------------------------------------------------------
+
+
+class Hello(Message, frozen=True):
+    """First frame of every runner."""
+
+    runner: str
+    pid: int
+
+
+class Started(Message, frozen=True):
+    """The attempt begins: user code has not run before this frame."""
+
+    token: str
+
+
+class Event(Message, frozen=True):
+    """Something a task says. `data` is one line of JSON, or None when `blob` refers to it."""
+
+    token: str
+    type: str
+    data: bytes = b""
+    blob: str | None = None
+    size: int = 0
+    sha256: str = ""
+
+
+class Progress(Message, frozen=True):
+    """What the `progress()` helper says: an event named `run.progress` that may be dropped in the runner."""
+
+    token: str
+    data: bytes
+
+
+class Finished(Message, frozen=True):
+    """The attempt has ended by itself: "returned", "raised" or "cancelled".
+
+    `result` is JSON, or None with `blob`. `retry_in` is what the task's `backoff` wants, in seconds.
+    """
+
+    token: str
+    ending: str
+    result: bytes = b"null"
+    blob: str | None = None
+    size: int = 0
+    sha256: str = ""
+    failure: TaskFailure | None = None
+    retry_in: float | None = None
+
+
+class Created(Message, frozen=True):
+    """Answer to `Create`: the saved row, or messages by field, or a failure that is not the caller's."""
+
+    ask: str
+    row: Row | None = None
+    errors: dict[str, str] = {}
+    failure: TaskFailure | None = None
+
+
+RunnerMessage = Hello | Started | Event | Progress | Finished | Created
+
+#: Kind byte of each message on the events pipe; for ever.
+FRAME_KINDS: dict[type[Message], int] = {Hello: 1, Started: 2, Event: 3, Progress: 4, Finished: 5, Created: 6}
+
+
+# --- supervisor ↔ zygote --------------------------------------------------------------------------------------
+
+
+class Fork(Message, frozen=True):
+    """Fork these children, double. Descriptors of each child follow one another in the order of the specs:
+    runner and intake: events, output, orders, faults, blobs; courier: control, poke, faults."""
+
+    ask: int
+    runners: list[RunnerSpec] = []
+    courier: bool = False
+    state_dir: str = ""
+
+
+class Forked(Message, frozen=True):
+    """One child lives; its pidfd comes along. Sent by the intermediate process, while it is the parent."""
+
+    ask: int
+    index: int
+    pid: int
+
+
+class ForkFailed(Message, frozen=True):
+    """The fork did not come about (EAGAIN, ENOMEM …)."""
+
+    ask: int
+    detail: str
+
+
+class ZygoteReady(Message, frozen=True):
+    """Django and all tasks are imported and frozen.
+
+    Attributes:
+      settings: the project's TASKKIT dict with TASKKIT_* of the environment over it, as plain data.
+      allowed_hosts: Django's ALLOWED_HOSTS, the default of ours.
+      versions: of Python, Django and this package.
+      unapplied: taskkit migrations that the database lacks, `<database>:<app>.<name>`; checked in a forked child.
+      database_error: why the check could not be made; the database may be away.
+    """
+
+    settings: dict[str, Any]
+    settings_module: str
+    catalogue: list[TaskInfo]
+    allowed_hosts: list[str] = []
+    debug: bool = False
+    versions: dict[str, str] = {}
+    unapplied: list[str] = []
+    database_error: str = ""
+
+
+class ZygoteFailed(Message, frozen=True):
+    """The project could not be imported, or does not survive a fork; `detail` is the whole traceback."""
+
+    reason: str
+    detail: str
+
+
+ZygoteMessage = Forked | ForkFailed | ZygoteReady | ZygoteFailed
+ZygoteOrder = Fork | Retire
+
+
+# --- supervisor ↔ gateway -------------------------------------------------------------------------------------
+
+
+class Configure(Message, frozen=True):
+    """First message to a gateway; the listening socket comes along.
+
+    `boot_id` tells a reboot from a restart; `settings` is the resolved Settings struct as plain data. `adopting`
+    names the runners whose RunnerUp follows; an open attempt of any other runner is lost.
+    """
+
+    settings: dict[str, Any]
+    catalogue: list[TaskInfo]
+    state_dir: str
+    url: str
+    boot_id: str
+    key_file: str
+    allowed_hosts: list[str]
+    versions: dict[str, str] = {}
+    adopting: list[str] = []
+
+
+class RunnerUp(Message, frozen=True):
+    """A runner exists. Descriptors: events (read end), output (read end), orders.
+
+    Sent again to a new gateway for every runner that is not drained, in front of its `Exited` if it has died.
+    `adopted` is true then.
+    """
+
+    spec: RunnerSpec
+    pid: int
+    started_at: float
+    adopted: bool = False
+
+
+class Exited(Message, frozen=True):
+    """A runner has died. Repeated to each new gateway until it says `Drained`."""
+
+    runner: str
+    cause: Cause
+
+
+class Link(Message, frozen=True):
+    """A fresh socket to the other side (courier or gateway) comes along; an older one is void."""
+
+
+class Unlink(Message, frozen=True):
+    """The other side died; its socket is void until the next `Link`."""
+
+
+class Drain(Message, frozen=True):
+    """Stop claiming and ask open attempts to stop; their runs go back to READY, uncounted.
+
+    Attributes:
+      grace: seconds until the supervisor takes the next step by itself.
+    """
+
+    grace: float
+
+
+class EndStreams(Message, frozen=True):
+    """Every runner has ended and been drained: end the streams, commit, close, leave."""
+
+
+class GatewayReady(Message, frozen=True):
+    """The gateway serves."""
+
+
+class Drained(Message, frozen=True):
+    """All of this runner's frames are committed and consumed: its descriptors may go."""
+
+    runner: str
+
+
+class Deadline(Message, frozen=True):
+    """End the runner in `after` seconds unless `Disarm` comes first: TERM, then KILL `grace` seconds later.
+
+    `kind` is the cause to report: "timeout" or "cancelled". One deadline per token and kind; a later one with the
+    same key replaces it.
+    """
+
+    runner: str
+    token: str
+    kind: str
+    after: float
+    grace: float
+
+
+class Disarm(Message, frozen=True):
+    """The attempt has ended: forget its deadlines."""
+
+    runner: str
+    token: str
+
+
+class Kill(Message, frozen=True):
+    """End the runner now; `kind` is the cause to report ("corrupt", "operator", "timeout")."""
+
+    runner: str
+    kind: str
+    detail: str = ""
+
+
+class Assigned(Message, frozen=True):
+    """The runner got a run; with `last` it gets no other, so that a replacement may be forked."""
+
+    runner: str
+    last: bool
+
+
+class Stopped(Message, frozen=True):
+    """Answer to `EndStreams`: everything is committed, every stream has ended."""
+
+
+class Beat(Message, frozen=True):
+    """The sender's loop turns."""
+
+
+GatewayOrder = Configure | RunnerUp | Exited | Link | Unlink | Drain | EndStreams
+GatewayMessage = GatewayReady | Drained | Deadline | Disarm | Kill | Assigned | Stopped | Beat
+
+
+# --- supervisor ↔ courier -------------------------------------------------------------------------------------
+
+
+class Stop(Message, frozen=True):
+    """Finish the message at hand and leave."""
+
+
+class CourierReady(Message, frozen=True):
+    """The courier turns; `node` is its row in the project's database, when that could be written."""
+
+    node: str = ""
+
+
+CourierOrder = Link | Unlink | Stop
+CourierMessage = CourierReady | Beat
+
+
+# --- courier ↔ gateway ----------------------------------------------------------------------------------------
+
+
+class Submit(Message, frozen=True):
+    """A row of the outbox wants to become the run `id`. Idempotent: the same id again gives the same answer."""
+
+    id: str
+    task: str
+    args: list[Any] = []
+    kwargs: dict[str, Any] = {}
+    row: Row | None = None
+    pool: str | None = None
+    priority: int | None = None
+    run_after: float | None = None
+    timeout: float | None = None
+    max_attempts: int | None = None
+    metadata: dict[str, Any] = {}
+    tags: list[str] = []
+    subject: str = ""
+    using: str = "default"
+
+
+class Submitted(Message, frozen=True):
+    """Answer to `Submit`: committed as run `run` (another id when the row was already running), or refused."""
+
+    id: str
+    run: str = ""
+    error: str = ""
+    code: str = ""
+
+
+class Transition(Message, frozen=True):
+    """The run as it stands since `version`; the courier writes it to the project's database `using`."""
+
+    run: str
+    version: int
+    task: str
+    status: str
+    attempt: int = 0
+    args: list[Any] = []
+    kwargs: dict[str, Any] = {}
+    row: Row | None = None
+    created_at: float = 0.0
+    started_at: float | None = None
+    finished_at: float | None = None
+    result: bytes | None = None
+    error: bytes | None = None
+    metadata: dict[str, Any] = {}
+    tags: list[str] = []
+    using: str = "default"
+
+
+class Told(Message, frozen=True):
+    """Answer to `Transition`: the database has version `version` or a newer one."""
+
+    run: str
+    version: int
+
+
+class Ask(Message, frozen=True):
+    """What does the database say about this row? `model` in any letter case; `app` may be empty."""
+
+    ask: str
+    app: str
+    model: str
+    pk: str
+
+
+class Answer(Message, frozen=True):
+    """Answer to `Ask`.
+
+    `status`: "found", "unknown" (no such row or no such task model), "bad_pk" (the field cannot parse it),
+    "ambiguous" (several apps have such a model), "away" (the database does not answer).
+    `final_value` is JSON.
+    """
+
+    ask: str
+    status: str
+    task: str = ""
+    row: Row | None = None
+    completed_at: str | None = None
+    final_value: bytes = b"null"
+    detail: str = ""
+
+
+CourierToGateway = Submit | Told | Answer
+GatewayToCourier = Submitted | Transition | Ask
+
+
+# --- operator socket ------------------------------------------------------------------------------------------
+
+
+class Operation(Message, frozen=True):
+    """What the command line asks of a running supervisor: "status", "stop", "restart-gateway"."""
+
+    name: str
+    now: bool = False
+
+
+class ChildStatus(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """One process of the tree as the supervisor sees it."""
+
+    name: str
+    kind: str
+    state: str
+    pid: int = 0
+    restarts: int = 0
+    age: float = 0.0
+    last: str = ""
+
+
+class Status(Message, frozen=True):
+    """Answer to every operation."""
+
+    pid: int
+    state: str
+    url: str
+    state_dir: str
+    settings_module: str
+    uptime: float
+    children: list[ChildStatus] = []
+    versions: dict[str, str] = {}
+    notes: list[str] = []
+
+
+OperatorMessage = Operation | Status

@@ -1,0 +1,188 @@
+"""The tests' own tools: whoever measures needs a ruler that is right."""
+
+from __future__ import annotations
+
+import http.server
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests import __main__ as command
+from tests.helpers import (
+    ROOT,
+    SseDecoder,
+    collect,
+    descendants,
+    eventually,
+    is_alive,
+    processes_of,
+    raw_get,
+    wait_until_gone,
+)
+
+STREAM = (
+    "\ufeff: hello\r\nretry: 1500\r\n\r\n"
+    'id: 1\nevent: progress\ndata: {"step": 1}\n\n'
+    "data: a\rdata:b\rdata\r\r"
+    "id: 2\r\nevent: ünï\r\ndata:  spaced\r\n\r\n"
+    "event: nothing\n\n"
+    "id: bad\0id\nunknown: x\ndata: kept\n\n"
+    "id: 3\ndata: unfinished\n"
+).encode()
+
+EXPECTED = [
+    ("1", "progress", '{"step": 1}'),
+    ("1", "message", "a\nb\n"),
+    ("2", "ünï", " spaced"),
+    ("2", "message", "kept"),
+]
+
+
+def test_the_stream_reader_reads_every_cut_alike() -> None:
+    for cut in range(len(STREAM) + 1):
+        decoder = SseDecoder()
+        events = decoder.receive(STREAM[:cut]) + decoder.receive(STREAM[cut:])
+        assert [(event.id, event.type, event.data) for event in events] == EXPECTED, cut
+        assert decoder.comments == ["hello"]
+        assert decoder.retries == [1500]
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    """Three events, the connection broken after each."""
+
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self) -> None:
+        after = int(self.headers.get("Last-Event-ID", "0"))
+        number = after + 1
+        kind = "stream.end" if number == 3 else "x"
+        body = f"id: {number}\nevent: {kind}\ndata: {{}}\n\n".encode()
+        self.send_response(200)
+        self.send_header("Transfer-Encoding", "chunked")
+        self.end_headers()
+        self.wfile.write(b"%x\r\n%b\r\n" % (len(body), body))
+        self.close_connection = True
+
+    def log_message(self, *_: object) -> None:
+        """Say nothing."""
+
+
+@pytest.fixture
+def url() -> Iterator[str]:
+    """Give the address of a server that breaks every stream."""
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}/x"
+        server.shutdown()
+        thread.join()
+
+
+def test_collect_reconnects_by_id_until_the_end(url: str) -> None:
+    assert [(event.id, event.type) for event in collect(url, "token")] == [
+        ("1", "x"),
+        ("2", "x"),
+        ("3", "stream.end"),
+    ]
+
+
+def test_raw_get_measures_the_headers(url: str) -> None:
+    with raw_get(url) as response:
+        assert response.status == 200
+        assert response.headers["transfer-encoding"] == "chunked"
+        assert 0 < response.seconds_to_headers < 5
+        assert next(response.events()).id == "1"
+
+
+def test_eventually_is_bounded_and_says_what_it_waited_for() -> None:
+    assert eventually(lambda: 7) == 7
+    with pytest.raises(AssertionError, match="the moon"):
+        eventually(lambda: None, 0.05, "the moon")
+
+
+def test_processes_of_finds_them_by_environment_and_below(tmp_path: Path) -> None:
+    code = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'input()'], env={})"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, env=os.environ | {"SOME_PATH": str(tmp_path)}
+    )
+    eventually(lambda: descendants(psutil.Process(process.pid)), 10, "a grandchild")
+    found = processes_of(tmp_path)
+    assert {process.pid} < {each.pid for each in found}
+    for each in found:
+        each.kill()
+    assert wait_until_gone(found, 5) == []
+    assert not any(is_alive(each) for each in found)
+    process.communicate()
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "def test(): pytest.skip('no')",
+        "@pytest.mark.skip\ndef test(): pass",
+        "@pytest.mark.xfail\ndef test(): assert False",
+        "pytest.importorskip('no_such_module')\ndef test(): pass",
+    ],
+    ids=["skip", "mark", "xfail", "module"],
+)
+def test_a_skipped_test_fails_the_run(tmp_path: Path, body: str) -> None:
+    (tmp_path / "test_it.py").write_text(f"import pytest\n{body}\n")
+    finished = subprocess.run(
+        [sys.executable, "-m", "pytest", "-p", "tests.conftest", "--rootdir", str(tmp_path), str(tmp_path)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert finished.returncode != 0
+    assert "this one was skipped" in finished.stdout
+
+
+def test_apt_txt_is_read() -> None:
+    packages = {package.name: package for package in command.read_packages(command.APT_FILE.read_text())}
+    assert packages["procps"].command == "ps"
+    assert {package.group for package in packages.values()} <= {None, *command.GROUPS}
+    with pytest.raises(ValueError, match=r"apt\.txt:2"):
+        command.read_packages("# fine\nno reason\n")
+
+
+def test_a_missing_package_ends_the_command_before_any_test(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(command, "is_installed", lambda package: package.name != "curl")
+    monkeypatch.setattr("os.geteuid", lambda: 1000)
+    monkeypatch.setattr(command, "run_lint", lambda: pytest.fail("a check ran"))
+    assert command.main([]) == 2
+    assert "apt-get install --yes --no-install-recommends curl\n" in capsys.readouterr().err
+
+
+def test_a_group_left_out_is_said_and_needs_no_packages(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(command, "is_installed", lambda package: package.group == "unit")
+    ran: list[tuple[str, list[str]]] = []
+
+    def run_pytest(group: str, arguments: list[str]) -> command.Outcome:
+        ran.append((group, arguments))
+        return command.Outcome(group, 3, int(group == "arch"), 0.5)
+
+    monkeypatch.setattr(command, "run_pytest", run_pytest)
+    assert command.main(["--without", "e2e", "--without=lint", "--", "-k", "x"]) == 1
+    assert ran == [(group, ["-k", "x"]) for group in ("unit", "arch", "bench-smoke")]
+    told = capsys.readouterr().out
+    assert "e2e          NOT RUN" in told
+    assert "lint         NOT RUN" in told
+    assert "9 passed, 1 failed" in told
+
+
+def test_a_pytest_that_dies_without_a_report_is_a_failure(tmp_path: Path) -> None:
+    assert command.count(tmp_path / "none.xml", 3, selective=False) == (0, 1)
+    assert command.count(tmp_path / "none.xml", command.NO_TESTS_COLLECTED, selective=False) == (0, 1)
+    assert command.count(tmp_path / "none.xml", command.NO_TESTS_COLLECTED, selective=True) == (0, 0)
