@@ -1,0 +1,230 @@
+"""What the store keeps, as plain rows, gathered into the batch that one round writes.
+
+Pure data. JSON columns are bytes as they were rendered, once, by whoever made them. Times are Unix seconds.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from taskkit.lifecycle import RunStatus
+
+
+@dataclass(slots=True, kw_only=True)
+class RunRow:
+    """One run. `no` is the store's short number of it (1, 2, 3 …), `id` its public UUIDv7.
+
+    Attributes:
+      args, kwargs, metadata: JSON.
+      row: JSON of taskkit.wire.messages.Row, when the task is a model.
+      row_key: Row.key; at most one open run has it.
+      subject: the `sub` of the token that submitted it.
+      origin: "http" or "outbox".
+      using: alias of the Django database its outbox row came from and its projection goes to.
+      attempt: number of the latest attempt, 0 before the first.
+      counted: attempts that count against `max_attempts` (lost ones do not).
+      version: grows with each change that Django is told of; `told` is what the courier confirmed.
+      tail: offset of the newest event; lines: number of the newest output line.
+      result: JSON, or None; result_blob names a file in blobs/ instead.
+      error: JSON `{code, message, …}` or None.
+      progress: JSON of the newest run.progress, or None.
+      cancelling: somebody wants it to stop.
+    """
+
+    no: int
+    id: str
+    task: str
+    args: bytes = b"[]"
+    kwargs: bytes = b"{}"
+    row: bytes | None = None
+    row_key: str | None = None
+    pool: str = "default"
+    priority: int = 0
+    run_after: float | None = None
+    timeout: float | None = None
+    max_attempts: int = 1
+    on_lost: str = "retry"
+    metadata: bytes = b"{}"
+    tags: tuple[str, ...] = ()
+    subject: str = ""
+    origin: str = "http"
+    using: str = "default"
+    created_at: float = 0.0
+    # what changes
+    status: RunStatus = RunStatus.READY
+    attempt: int = 0
+    counted: int = 0
+    version: int = 1
+    told: int = 0
+    tail: int = 0
+    lines: int = 0
+    started_at: float | None = None
+    finished_at: float | None = None
+    result: bytes | None = None
+    result_blob: str | None = None
+    error: bytes | None = None
+    progress: bytes | None = None
+    cancelling: bool = False
+
+
+#: The columns of RunRow that a round may change; `told` has an operation of its own.
+MUTABLE = (
+    "run_after",
+    "status",
+    "attempt",
+    "counted",
+    "version",
+    "tail",
+    "lines",
+    "started_at",
+    "finished_at",
+    "result",
+    "result_blob",
+    "error",
+    "progress",
+    "cancelling",
+)
+
+
+@dataclass(slots=True, kw_only=True)
+class AttemptRow:
+    """One attempt of a run; `token` is its fence. `ending` is None while it is open; `cause` and `failure` are JSON."""
+
+    run: int
+    number: int
+    runner: str
+    pid: int
+    token: str
+    assigned_at: float
+    started_at: float | None = None
+    ended_at: float | None = None
+    ending: str | None = None
+    cause: bytes | None = None
+    failure: bytes | None = None
+
+
+@dataclass(slots=True, frozen=True)
+class EventRow:
+    """One event. `pos` counts all events of the store, `offset` those of its run, both from 1.
+
+    `data` is one line of JSON; with `blob` it is empty and the file of that name in blobs/ holds the line.
+    """
+
+    pos: int
+    run: int
+    offset: int
+    attempt: int
+    type: str
+    data: bytes
+    at: float
+    blob: str | None = None
+
+
+@dataclass(slots=True, frozen=True)
+class OutputRow:
+    """One line that a run printed or logged. `offset` counts the lines of its run from 1; `after` is the offset of
+    the newest event at that moment. `stream` is "stdout", "stderr", "logging" or "output" (which of the first two
+    is not known). `text` has no line break at its end. `level` and `logger` are set for logging only."""
+
+    run: int
+    offset: int
+    after: int
+    attempt: int
+    stream: str
+    text: str
+    at: float
+    level: str = ""
+    logger: str = ""
+
+
+@dataclass(slots=True, frozen=True)
+class KeyRow:
+    """An idempotency key of a subject: the run it made and the digest of the body that made it."""
+
+    subject: str
+    key: str
+    digest: bytes
+    run: str
+    created_at: float
+
+
+@dataclass(slots=True)
+class Batch:
+    """Everything one round changes, in one transaction.
+
+    Attributes:
+      runs: new runs.
+      changed: runs whose MUTABLE columns are written as they are at this moment.
+      attempts: new attempts (committed before `Start` leaves: attempt and assignment are one row).
+      changed_attempts: attempts whose started_at, ended_at, ending, cause and failure are written.
+      events, outputs: appended.
+      ends: numbers of runs whose `stream.end` is among `events`; a second one for a run fails the transaction.
+      sources: newest stored frame number by runner.
+      forgotten: runners that are drained; their sources go.
+      told: version by run number that Django has.
+      keys: new idempotency keys.
+      full: commit with synchronous=FULL (an accept, a claim or an end is among it).
+    """
+
+    runs: list[RunRow] = field(default_factory=list)
+    changed: dict[int, RunRow] = field(default_factory=dict)
+    attempts: list[AttemptRow] = field(default_factory=list)
+    changed_attempts: list[AttemptRow] = field(default_factory=list)
+    events: list[EventRow] = field(default_factory=list)
+    outputs: list[OutputRow] = field(default_factory=list)
+    ends: list[int] = field(default_factory=list)
+    sources: dict[str, int] = field(default_factory=dict)
+    forgotten: list[str] = field(default_factory=list)
+    told: dict[int, int] = field(default_factory=dict)
+    keys: list[KeyRow] = field(default_factory=list)
+    full: bool = False
+
+    def __bool__(self) -> bool:
+        """Whether there is anything to write."""
+        return bool(
+            self.runs
+            or self.changed
+            or self.attempts
+            or self.changed_attempts
+            or self.events
+            or self.outputs
+            or self.ends
+            or self.sources
+            or self.forgotten
+            or self.told
+            or self.keys
+        )
+
+
+@dataclass(slots=True)
+class Opened:
+    """What a gateway finds in the store when it opens it.
+
+    Attributes:
+      runs: READY and RUNNING runs by number, and ended ones that Django has not been told of.
+      attempts: open attempts (no ending).
+      sources: newest stored frame number by runner.
+      next_no, next_pos: first free numbers.
+    """
+
+    runs: dict[int, RunRow]
+    attempts: list[AttemptRow]
+    sources: dict[str, int]
+    next_no: int
+    next_pos: int
+
+
+@dataclass(slots=True, kw_only=True)
+class RunFilter:
+    """Which runs to list, newest first; `before` is the number of the last run of the page before."""
+
+    status: RunStatus | None = None
+    task: str | None = None
+    tag: str | None = None
+    since: float | None = None
+    until: float | None = None
+    subject: str | None = None
+    ids: tuple[str, ...] | None = None
+    tasks: tuple[str, ...] | None = None
+    before: int | None = None
+    limit: int = 50

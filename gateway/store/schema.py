@@ -1,0 +1,174 @@
+"""The tables of the store, as the steps that lead from an empty file to them.
+
+Rule: a step that was ever released is never edited; a change is a new step at the end. The number of steps a
+file has taken stands in its `meta` table under "schema".
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterable, Sequence
+from dataclasses import fields
+from typing import Final
+
+from gateway.store.protocol import StoreError
+from gateway.store.rows import AttemptRow, EventRow, KeyRow, OutputRow, RunRow
+
+RUN_COLUMNS: Final = tuple(field.name for field in fields(RunRow))
+ATTEMPT_COLUMNS: Final = tuple(field.name for field in fields(AttemptRow))
+EVENT_COLUMNS: Final = tuple(field.name for field in fields(EventRow))
+OUTPUT_COLUMNS: Final = tuple(field.name for field in fields(OutputRow))
+KEY_COLUMNS: Final = tuple(field.name for field in fields(KeyRow))
+
+#: AUTOINCREMENT where a number must never be given out twice, even when retention has removed the newest row:
+#: `no` stands in every other table, `pos` is a cursor of multiplexed streams. Measured: no difference per
+#: commit.
+_FIRST: Final = (
+    """CREATE TABLE run (
+        no INTEGER PRIMARY KEY AUTOINCREMENT,
+        id TEXT NOT NULL UNIQUE,
+        task TEXT NOT NULL,
+        args BLOB NOT NULL,
+        kwargs BLOB NOT NULL,
+        row BLOB,
+        row_key TEXT,
+        pool TEXT NOT NULL,
+        priority INTEGER NOT NULL,
+        run_after REAL,
+        timeout REAL,
+        max_attempts INTEGER NOT NULL,
+        on_lost TEXT NOT NULL,
+        metadata BLOB NOT NULL,
+        tags TEXT NOT NULL,
+        subject TEXT NOT NULL,
+        origin TEXT NOT NULL,
+        "using" TEXT NOT NULL,
+        created_at REAL NOT NULL,
+        status TEXT NOT NULL,
+        attempt INTEGER NOT NULL,
+        counted INTEGER NOT NULL,
+        version INTEGER NOT NULL,
+        told INTEGER NOT NULL,
+        tail INTEGER NOT NULL,
+        lines INTEGER NOT NULL,
+        started_at REAL,
+        finished_at REAL,
+        result BLOB,
+        result_blob TEXT,
+        error BLOB,
+        progress BLOB,
+        cancelling INTEGER NOT NULL,
+        epoch INTEGER NOT NULL DEFAULT 0
+    )""",
+    # An index ends with the row's number, so these two also serve "newest first". The first one finds the
+    # open runs and makes counting them a walk over the index alone.
+    "CREATE INDEX run_by_status ON run (status)",
+    "CREATE INDEX run_by_task ON run (task)",
+    "CREATE INDEX run_by_row ON run (row_key) WHERE row_key IS NOT NULL",
+    """CREATE UNIQUE INDEX run_open_row ON run (row_key)
+        WHERE row_key IS NOT NULL AND status IN ('READY', 'RUNNING')""",
+    "CREATE INDEX run_untold ON run (no) WHERE version > told",
+    """CREATE TABLE attempt (
+        token TEXT PRIMARY KEY,
+        run INTEGER NOT NULL,
+        number INTEGER NOT NULL,
+        runner TEXT NOT NULL,
+        pid INTEGER NOT NULL,
+        assigned_at REAL NOT NULL,
+        started_at REAL,
+        ended_at REAL,
+        ending TEXT,
+        cause BLOB,
+        failure BLOB
+    )""",
+    # An attempt whose runner died before it began did not happen: the next one has its number.
+    "CREATE UNIQUE INDEX attempt_number ON attempt (run, number) WHERE started_at IS NOT NULL",
+    "CREATE INDEX attempt_open ON attempt (run, number) WHERE ending IS NULL",
+    """CREATE TABLE event (
+        pos INTEGER PRIMARY KEY AUTOINCREMENT,
+        run INTEGER NOT NULL,
+        "offset" INTEGER NOT NULL,
+        attempt INTEGER NOT NULL,
+        type TEXT NOT NULL,
+        data BLOB NOT NULL,
+        at REAL NOT NULL,
+        blob TEXT,
+        UNIQUE (run, "offset")
+    )""",
+    """CREATE TABLE output (
+        run INTEGER NOT NULL,
+        "offset" INTEGER NOT NULL,
+        "after" INTEGER NOT NULL,
+        attempt INTEGER NOT NULL,
+        stream TEXT NOT NULL,
+        text TEXT NOT NULL,
+        at REAL NOT NULL,
+        level TEXT NOT NULL,
+        logger TEXT NOT NULL,
+        PRIMARY KEY (run, "offset")
+    ) WITHOUT ROWID""",
+    "CREATE TABLE source (runner TEXT PRIMARY KEY, seq INTEGER NOT NULL) WITHOUT ROWID",
+    "CREATE TABLE ending (run INTEGER PRIMARY KEY)",
+    """CREATE TABLE idempotency (
+        subject TEXT NOT NULL,
+        key TEXT NOT NULL,
+        digest BLOB NOT NULL,
+        run TEXT NOT NULL,
+        created_at REAL NOT NULL,
+        PRIMARY KEY (subject, key)
+    ) WITHOUT ROWID""",
+)
+
+#: Statements of each step.
+STEPS: Final[tuple[Sequence[str], ...]] = (_FIRST,)
+
+
+def columns(names: Iterable[str]) -> str:
+    """Return column names for a statement; "offset", "after" and "using" are words of SQL."""
+    return ", ".join(f'"{name}"' for name in names)
+
+
+def get_meta(connection: sqlite3.Connection, key: str) -> str | None:
+    """Return the value that `meta` has for `key`."""
+    found = connection.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchall()
+    return str(found[0][0]) if found else None
+
+
+def set_meta(connection: sqlite3.Connection, key: str, value: str) -> None:
+    """Write one value of `meta`, inside the caller's transaction if there is one."""
+    connection.execute(
+        "INSERT INTO meta VALUES (?, ?) ON CONFLICT (key) DO UPDATE SET value = excluded.value", (key, value)
+    )
+
+
+def migrate(connection: sqlite3.Connection, steps: Sequence[Sequence[str]] = STEPS) -> None:
+    """Take the steps that the file lacks, all in one transaction.
+
+    Raises:
+      StoreError: the file has taken steps that this version does not know. Nothing has changed.
+    """
+    connection.execute("BEGIN IMMEDIATE")
+    try:
+        _take_steps(connection, steps)
+        connection.execute("COMMIT")
+    except BaseException:
+        if connection.in_transaction:
+            connection.execute("ROLLBACK")
+        raise
+
+
+def _take_steps(connection: sqlite3.Connection, steps: Sequence[Sequence[str]]) -> None:
+    connection.execute(
+        "CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID"
+    )
+    taken = int(get_meta(connection, "schema") or 0)
+    if taken > len(steps):
+        raise StoreError(
+            f"the store has schema {taken}, this version of Bulkhead knows {len(steps)}: a newer wrote it. "
+            "Install that version again, or name another state directory"
+        )
+    for step in steps[taken:]:
+        for statement in step:
+            connection.execute(statement)
+    if taken < len(steps):
+        set_meta(connection, "schema", str(len(steps)))

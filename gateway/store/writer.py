@@ -1,0 +1,288 @@
+"""The one connection that writes the store.
+
+Everything here blocks; one thread at a time calls it. Errors are sqlite3's own; gateway.store.sqlite
+translates.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import json
+import sqlite3
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from operator import attrgetter
+from pathlib import Path
+from typing import Any, Final
+
+from gateway.store import schema
+from gateway.store.rows import MUTABLE, Batch, EventRow, RunRow
+from gateway.store.schema import (
+    ATTEMPT_COLUMNS,
+    EVENT_COLUMNS,
+    KEY_COLUMNS,
+    OUTPUT_COLUMNS,
+    RUN_COLUMNS,
+    columns,
+)
+
+#: WAL bytes after which a checkpoint beside the writer is due. SQLite's own default is the same.
+PASSIVE_BYTES: Final = 4 * 1024 * 1024
+
+#: WAL bytes after which the writer itself makes the WAL start again. A passive checkpoint can do that only
+#: while nobody writes, so a store that is never idle would grow it for ever.
+RESTART_BYTES: Final = 64 * 1024 * 1024
+
+#: Seconds to wait for a lock of SQLite's. Only a person with the sqlite3 shell can hold one.
+BUSY_SECONDS: Final = 2.0
+
+#: KiB of page cache: the tail pages of the tables and the inner pages of the indexes, several times over.
+_CACHE_KIB: Final = 8192
+
+_ATTEMPT_MUTABLE: Final = ("started_at", "ended_at", "ending", "cause", "failure")
+
+
+def _insert(table: str, names: Sequence[str]) -> str:
+    return f"INSERT INTO {table} ({columns(names)}) VALUES ({', '.join('?' * len(names))})"
+
+
+def _update(table: str, names: Sequence[str], key: str) -> str:
+    return f"UPDATE {table} SET {', '.join(f'{name} = ?' for name in names)} WHERE {key} = ?"
+
+
+_INSERT_RUN: Final = _insert("run", RUN_COLUMNS)
+_UPDATE_RUN: Final = _update("run", MUTABLE, "no")
+_INSERT_ATTEMPT: Final = _insert("attempt", ATTEMPT_COLUMNS)
+_UPDATE_ATTEMPT: Final = _update("attempt", _ATTEMPT_MUTABLE, "token")
+_INSERT_EVENT: Final = _insert("event", EVENT_COLUMNS)
+_INSERT_OUTPUT: Final = _insert("output", OUTPUT_COLUMNS)
+_INSERT_KEY: Final = _insert("idempotency", KEY_COLUMNS)
+_INSERT_ENDING: Final = "INSERT INTO ending (run) VALUES (?)"
+_UPSERT_SOURCE: Final = (
+    "INSERT INTO source (runner, seq) VALUES (?, ?) ON CONFLICT (runner) DO UPDATE SET seq = excluded.seq"
+)
+_DELETE_SOURCE: Final = "DELETE FROM source WHERE runner = ?"
+_UPDATE_TOLD: Final = "UPDATE run SET told = ? WHERE no = ? AND told < ?"
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One statement and its rows; `hits` is how many rows it must change, None when that is open."""
+
+    sql: str
+    rows: Iterable[tuple[Any, ...]]
+    hits: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A batch as it was at one moment: its rows can go on changing while another thread writes this."""
+
+    steps: tuple[Step, ...]
+    full: bool
+
+
+def _run_values(run: RunRow, names: Sequence[str]) -> Iterator[Any]:
+    for name in names:
+        value = getattr(run, name)
+        if name == "status":
+            value = value.value
+        elif name == "tags":
+            value = json.dumps(value)
+        elif name == "cancelling":
+            value = int(value)
+        yield value
+
+
+def _event_values(event: EventRow) -> tuple[Any, ...]:
+    data = event.data if event.blob is None else b""  # the file has it
+    return (event.pos, event.run, event.offset, event.attempt, event.type, data, event.at, event.blob)
+
+
+_attempt_values = attrgetter(*ATTEMPT_COLUMNS)
+_attempt_changes = attrgetter(*_ATTEMPT_MUTABLE, "token")
+_output_values = attrgetter(*OUTPUT_COLUMNS)
+_key_values = attrgetter(*KEY_COLUMNS)
+
+
+def prepare(batch: Batch) -> Prepared:
+    """Return what `batch` holds at this moment, as statements in their order.
+
+    Rows that may change later (runs, attempts) are read here; events, outputs and keys are frozen and become
+    values in the writing thread, so that 500 of them take the caller 20 µs (measured), not 70.
+    """
+    # Changes come before new runs: a row's old run must have ended before its next one is inserted
+    # (run_open_row).
+    new = {run.no for run in batch.runs}
+    changed = [(*_run_values(run, MUTABLE), no) for no, run in batch.changed.items() if no not in new]
+    steps = (
+        Step(_UPDATE_RUN, changed, len(changed)),
+        Step(_INSERT_RUN, [tuple(_run_values(run, RUN_COLUMNS)) for run in batch.runs]),
+        Step(_INSERT_ATTEMPT, [_attempt_values(row) for row in batch.attempts]),
+        Step(
+            _UPDATE_ATTEMPT,
+            [_attempt_changes(row) for row in batch.changed_attempts],
+            len(batch.changed_attempts),
+        ),
+        Step(_INSERT_EVENT, map(_event_values, batch.events.copy()) if batch.events else ()),
+        Step(_INSERT_OUTPUT, map(_output_values, batch.outputs.copy()) if batch.outputs else ()),
+        Step(_INSERT_ENDING, [(run,) for run in batch.ends]),
+        Step(_UPSERT_SOURCE, list(batch.sources.items())),
+        Step(_DELETE_SOURCE, [(runner,) for runner in batch.forgotten]),
+        Step(_UPDATE_TOLD, [(version, no, version) for no, version in batch.told.items()]),
+        Step(_INSERT_KEY, [_key_values(row) for row in batch.keys]),
+    )
+    return Prepared(tuple(step for step in steps if step.rows), batch.full)
+
+
+class Checkpoint(enum.Enum):
+    """What the WAL needs after a commit."""
+
+    NONE = enum.auto()
+    #: copy what can be copied, beside the writer
+    PASSIVE = enum.auto()
+    #: the writer has to pause until the WAL can start again
+    RESTART = enum.auto()
+
+
+class WalGauge:
+    """Decides from the size of the WAL when a checkpoint is due.
+
+    One decision per PASSIVE_BYTES of growth: a reader that pins the WAL does not cause a checkpoint per
+    commit. The file's size is what is in use, because `journal_size_limit = 0` cuts the file when it starts
+    again.
+    """
+
+    def __init__(self, passive: int = PASSIVE_BYTES, restart: int = RESTART_BYTES) -> None:
+        self.passive = passive
+        self.restart = restart
+        self._decided_at = 0
+
+    def decide(self, size: int) -> Checkpoint:
+        """Return what is due when the WAL has `size` bytes."""
+        if size < self._decided_at:
+            self._decided_at = 0
+        if size - self._decided_at < self.passive:
+            return Checkpoint.NONE
+        self._decided_at = size
+        return Checkpoint.PASSIVE if size < self.restart else Checkpoint.RESTART
+
+
+def connect(path: Path) -> sqlite3.Connection:
+    """Return a connection for any thread, one at a time, that leaves transactions to the caller."""
+    return sqlite3.connect(path, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False)
+
+
+class Writer:
+    """Writes batches, each in one transaction.
+
+    Args:
+      path: the database file; made when it does not exist.
+      boot_id: the kernel's name for the time since the last boot.
+      durability: "power": every commit survives a power cut; "process": those with `full` do, and of the
+        others a prefix does. Both survive the death of any process.
+    """
+
+    def __init__(self, path: Path, *, boot_id: str, durability: str) -> None:
+        self.gauge = WalGauge()
+        self._wal = path.with_name(path.name + "-wal")
+        self._always_full = durability == "power"
+        self._synchronous = ""
+        # SQLite gives -wal and -shm the mode of the database: private to its user.
+        path.touch(mode=0o600)
+        self.connection = connect(path)
+        try:
+            self._prepare_file(boot_id, durability)
+        except BaseException:
+            self.connection.close()
+            raise
+
+    def _prepare_file(self, boot_id: str, durability: str) -> None:
+        for setting in ("journal_mode = WAL", "wal_autocheckpoint = 0", "journal_size_limit = 0"):
+            self.connection.execute(f"PRAGMA {setting}").fetchall()
+        self.connection.execute(f"PRAGMA cache_size = -{_CACHE_KIB}")
+        self._set_synchronous(full=True)
+        schema.migrate(self.connection)
+        with self._transaction():
+            self._note_boot(boot_id, durability)
+
+    def _note_boot(self, boot_id: str, durability: str) -> None:
+        # After a power cut the newest events of an open run may be missing, and their offsets are given out
+        # again. A new epoch tells a cursor of before. Nothing can be missing after a clean end (`close`
+        # leaves ""), under durability "power", or when the same kernel still runs.
+        before = schema.get_meta(self.connection, "boot_id")
+        if before and before != boot_id and schema.get_meta(self.connection, "durability") != "power":
+            self.connection.execute("UPDATE run SET epoch = epoch + 1 WHERE status IN ('READY', 'RUNNING')")
+        schema.set_meta(self.connection, "boot_id", boot_id)
+        schema.set_meta(self.connection, "durability", durability)
+
+    def _set_synchronous(self, *, full: bool) -> None:
+        level = "FULL" if full or self._always_full else "NORMAL"
+        if level != self._synchronous:
+            self.connection.execute(f"PRAGMA synchronous = {level}")
+            self._synchronous = level
+
+    @contextlib.contextmanager
+    def _transaction(self) -> Iterator[None]:
+        if self.connection.in_transaction:  # the last rollback failed, too
+            self.connection.execute("ROLLBACK")
+        self.connection.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+            self.connection.execute("COMMIT")
+        except BaseException:
+            if self.connection.in_transaction:  # SQLite rolls back by itself after some errors
+                with contextlib.suppress(sqlite3.Error):
+                    self.connection.execute("ROLLBACK")
+            raise
+
+    def _take(self, step: Step) -> None:
+        changed = self.connection.executemany(step.sql, step.rows).rowcount
+        if step.hits is not None and changed != step.hits:
+            raise LookupError(f"{changed} of {step.hits} rows exist for: {step.sql}")
+
+    def commit(self, prepared: Prepared) -> Checkpoint:
+        """Write all of it or nothing; return which checkpoint is due.
+
+        Raises:
+          sqlite3.OperationalError, sqlite3.DatabaseError: the disk; the same batch can be written later.
+          sqlite3.IntegrityError, LookupError: the caller's bug: a second `stream.end`, an offset used before,
+            a change of a run or an attempt that does not exist.
+        """
+        self._set_synchronous(full=prepared.full)
+        with self._transaction():
+            for step in prepared.steps:
+                self._take(step)
+        return self.gauge.decide(self.wal_size())
+
+    def wal_size(self) -> int:
+        """Return the bytes of the WAL that are in use."""
+        # By stat, never by open: closing any descriptor of the file would drop the locks SQLite has on it
+        # (fcntl(2)).
+        try:
+            return self._wal.stat().st_size
+        except FileNotFoundError:
+            return 0
+
+    def restart_wal(self) -> bool:
+        """Copy the whole WAL into the database and let it start again; return whether that was possible.
+
+        Waits for readers up to BUSY_SECONDS.
+        """
+        return checkpoint(self.connection, "RESTART")
+
+    def close(self) -> None:
+        """Put everything on the disk itself and close the connection."""
+        try:
+            self._set_synchronous(full=True)
+            with self._transaction():
+                schema.set_meta(self.connection, "boot_id", "")
+        finally:
+            self.connection.close()
+
+
+def checkpoint(connection: sqlite3.Connection, mode: str = "PASSIVE") -> bool:
+    """Copy the WAL into the database; return whether nothing is left in it that is not copied."""
+    busy, in_wal, copied = connection.execute(f"PRAGMA wal_checkpoint({mode})").fetchall()[0]
+    return not busy and in_wal == copied
