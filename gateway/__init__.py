@@ -1,0 +1,1 @@
+"""HTTP in, streams out: reads the runners' pipes, keeps the store, decides what every run becomes."""

@@ -1,0 +1,265 @@
+"""HTTP/1 server for one ASGI application: accepts, bounds, ends connections.
+
+Rule: what goes wrong in one connection ends that connection and nothing else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import random
+import resource
+import socket
+from collections.abc import Mapping
+from typing import Any, Final
+
+import trio
+from hypercorn.config import Config
+from hypercorn.trio.worker_context import WorkerContext
+from starlette.types import ASGIApp
+
+from gateway import problems
+from gateway.connection import Connection, Peer, ServeLimits, reset
+
+__all__ = ["Peer", "ServeLimits", "serve"]
+
+logger = logging.getLogger(__name__)
+
+#: Seconds between two attempts to accept while the process has no descriptor left, as in
+#: trio.serve_listeners. The client waits in the backlog meanwhile and is served when another one has gone.
+ACCEPT_PAUSE: Final = 0.1
+
+#: Seconds between two lines in the log about that.
+ACCEPT_COMPLAINT: Final = 10.0
+
+#: Clients above the cap that are told so at the same time; further ones get RST without a word.
+REFUSALS: Final = 64
+
+#: Seconds that such a client has for its request and for taking the answer.
+REFUSAL_SECONDS: Final = 1.0
+
+#: Seconds in `Retry-After` of a refusal; event-stream clients get a random time between the two of
+#: BUSY_RETRY.
+REFUSAL_RETRY: Final = 2
+BUSY_RETRY: Final = (5.0, 15.0)
+
+#: Unsent bytes up to which the kernel calls a socket writable. 16 KiB is trio's choice for SocketStream:
+#: less in the buffer makes a slow client visible early, without costing throughput.
+NOTSENT_LOWAT: Final = 16 * 1024
+
+_TCP_NOTSENT_LOWAT: Final = 25  # linux/tcp.h; Python's socket module has the name from 3.12 on
+
+_NO_DESCRIPTOR: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS})
+_NO_LISTENER: Final = frozenset({errno.EBADF, errno.ENOTSOCK, errno.EINVAL, errno.EFAULT})
+
+
+async def serve(
+    app: ASGIApp,
+    sockets: list[socket.socket],
+    *,
+    limits: ServeLimits,
+    shutdown: trio.Event,
+    grace: float,
+    state: Mapping[str, Any],
+    task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
+) -> None:
+    """Serve `app` on listening sockets until `shutdown` is set, then for at most `grace` seconds more.
+
+    The sockets stay open and listening: they belong to somebody else, and what waits in their backlog is
+    the next gateway's. (They become non-blocking, which is a property shared with every duplicate of them.)
+    Says `started` when it accepts. After `shutdown`, idle connections end at once, others after the answer
+    under way; what is left after `grace` is reset. Cancelling ends all connections with RST at once.
+
+    Args:
+      state: goes into every request's `scope["state"]`; `peer` is added to it.
+
+    Raises:
+      ExceptionGroup: of an OSError, when a socket in `sockets` does not listen. The caller's fault.
+    """
+    server = _Server(app, limits, state)
+    async with trio.open_nursery() as nursery:
+        server.nursery = nursery
+        try:
+            await server.accept_until(shutdown, sockets, task_status)
+            await server.drain(grace)
+        finally:
+            server.abort()
+            nursery.cancel_scope.cancel()
+
+
+class _Server:
+    """The connections of one `serve` call."""
+
+    def __init__(self, app: ASGIApp, limits: ServeLimits, state: Mapping[str, Any]) -> None:
+        self.nursery: trio.Nursery
+        self._app = app
+        self._limits = limits
+        self._state = state
+        self._config = _config(limits)
+        self._context = WorkerContext(None)
+        self._room = _room(limits.connections)
+        self._open: set[Connection] = set()
+        self._refusing: set[trio.socket.SocketType] = set()
+        self._gone = trio.Event()
+        self._complained_at = -ACCEPT_COMPLAINT
+
+    async def accept_until(
+        self, shutdown: trio.Event, sockets: list[socket.socket], task_status: trio.TaskStatus[None]
+    ) -> None:
+        """Accept connections until `shutdown`; close only our duplicates of the listening sockets."""
+        with contextlib.ExitStack() as stack:
+            listeners = [stack.enter_context(trio.socket.from_stdlib_socket(sock.dup())) for sock in sockets]
+            async with trio.open_nursery() as accepting:
+                for listener in listeners:
+                    accepting.start_soon(self._accept, listener)
+                task_status.started()
+                await shutdown.wait()
+                accepting.cancel_scope.cancel()
+
+    async def drain(self, grace: float) -> None:
+        """End idle connections, give the others `grace` seconds."""
+        await self._context.terminated.set()
+        for connection in tuple(self._open):
+            connection.drain()
+        with trio.move_on_after(grace):
+            while self._open:
+                self._gone = trio.Event()
+                await self._gone.wait()
+        if self._open:
+            logger.info("%d connections were reset %g s after the shutdown", len(self._open), grace)
+
+    def abort(self) -> None:
+        """Reset what is left, so that not even a write under its shield goes on."""
+        for connection in tuple(self._open):
+            connection.abort()
+        for sock in tuple(self._refusing):
+            reset(sock)
+
+    async def _accept(self, listener: trio.socket.SocketType) -> None:
+        while True:
+            try:
+                sock, _ = await listener.accept()
+            except OSError as error:
+                if error.errno in _NO_LISTENER:
+                    raise
+                # Otherwise accept(2) reports what happened to one connection in the backlog, and removes it.
+                await trio.sleep(self._pause_after(error))
+            else:
+                self._admit(sock)
+
+    def _pause_after(self, error: OSError) -> float:
+        if error.errno not in _NO_DESCRIPTOR:
+            return 0.0
+        if trio.current_time() >= self._complained_at + ACCEPT_COMPLAINT:
+            self._complained_at = trio.current_time()
+            logger.error("cannot accept connections, trying on: %s (open: %d)", error, len(self._open))
+        return ACCEPT_PAUSE
+
+    def _admit(self, sock: trio.socket.SocketType) -> None:
+        """Give the connection a task. Counted here, not in the task, so that no burst slips past the cap."""
+        if len(self._open) >= self._room:
+            self._refuse(sock)
+            return
+        try:
+            _tune(sock, self._limits)
+        except OSError:
+            sock.close()  # reset while it waited in the backlog
+            return
+        connection = Connection(self._app, sock, self._config, self._context, self._limits, self._state)
+        self._open.add(connection)
+        self.nursery.start_soon(self._run, connection)
+
+    async def _run(self, connection: Connection) -> None:
+        """Run one connection behind its bulkhead: hypercorn's own server ends with the first that raises."""
+        try:
+            await connection.run()
+        except* Exception as errors:  # a cancellation among them goes on upwards
+            logger.error("a connection failed, the others go on", exc_info=errors)
+        finally:
+            self._open.discard(connection)
+            self._gone.set()
+
+    def _refuse(self, sock: trio.socket.SocketType) -> None:
+        if len(self._refusing) >= REFUSALS:
+            reset(sock)
+            return
+        self._refusing.add(sock)
+        self.nursery.start_soon(self._tell_busy, sock)
+
+    async def _tell_busy(self, sock: trio.socket.SocketType) -> None:
+        """Answer that there is no room, after a look at the request's head.
+
+        EventSource gives up for good on any status but 200, so its clients get a stream that only says when
+        to come back (CONTRACT §2.3).
+        """
+        try:
+            with trio.move_on_after(REFUSAL_SECONDS), contextlib.suppress(OSError, trio.ClosedResourceError):
+                head = await sock.recv(self._limits.header_bytes)
+                await sock.send(_busy_stream() if b"text/event-stream" in head.lower() else _busy_problem())
+                sock.shutdown(socket.SHUT_WR)
+                while await sock.recv(self._limits.header_bytes):
+                    pass
+        finally:
+            self._refusing.discard(sock)
+            sock.close()
+
+
+def _room(connections: int) -> int:
+    """Return how many connections there may be: `connections`, or what RLIMIT_NOFILE leaves room for."""
+    descriptors, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return connections if descriptors == resource.RLIM_INFINITY else min(connections, descriptors * 3 // 4)
+
+
+def _config(limits: ServeLimits) -> Config:
+    config = Config()
+    config.errorlog = logger  # hypercorn would hang a handler of its own on stderr
+    config.accesslog = None
+    config.include_server_header = False
+    config.h11_max_incomplete_size = limits.header_bytes
+    return config
+
+
+def _tune(sock: trio.socket.SocketType, limits: ServeLimits) -> None:
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, limits.send_buffer)
+    if sock.family not in (socket.AF_INET, socket.AF_INET6):
+        return
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    sock.setsockopt(socket.IPPROTO_TCP, _TCP_NOTSENT_LOWAT, NOTSENT_LOWAT)
+    # A peer that vanished without FIN: the kernel gives up after this long without an acknowledgement
+    # (tcp(7)), also for bytes that our write deadline does not see because they fit the buffer.
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(limits.write_seconds * 2 * 1000))
+
+
+def _raw(status: str, headers: Mapping[str, str], body: bytes) -> bytes:
+    lines = [f"HTTP/1.1 {status}", *(f"{name}: {value}" for name, value in headers.items()), "", ""]
+    return "\r\n".join(lines).encode() + body
+
+
+def _busy_problem() -> bytes:
+    body = problems.document(
+        503,
+        "too-many-connections",
+        "the gateway has as many connections as it may; try again",
+        retry_after=REFUSAL_RETRY,
+    )
+    headers = {
+        "Content-Type": problems.MEDIA_TYPE,
+        "Content-Length": str(len(body)),
+        "Retry-After": str(REFUSAL_RETRY),
+        "Cache-Control": "no-store",
+        "Connection": "close",
+    }
+    return _raw("503 Service Unavailable", headers, body)
+
+
+def _busy_stream() -> bytes:
+    # Random, so that those who are refused together do not come back together.
+    milliseconds = int(random.uniform(*BUSY_RETRY) * 1000)
+    headers = {
+        "Content-Type": "text/event-stream; charset=utf-8",
+        "Cache-Control": "no-store, no-transform",
+        "X-Accel-Buffering": "no",
+        "Connection": "close",
+    }
+    return _raw("200 OK", headers, f"retry: {milliseconds}\n\nevent: stream.busy\ndata: {{}}\n\n".encode())
