@@ -1,0 +1,1 @@
+"""The demo: a Django project whose tasks Bulkhead runs."""

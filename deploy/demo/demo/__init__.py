@@ -1,0 +1,1 @@
+"""The demo app: tasks to look at, to run, to copy from."""

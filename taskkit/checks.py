@@ -1,0 +1,74 @@
+"""System checks: wrong settings, task models that cannot run, clashing names.
+
+`manage.py check` reports what would stop the tree from starting, with the key to change.
+
+taskkit.E001  a setting is wrong
+taskkit.E002  a StreamTask has no process()
+taskkit.E003  the tasks cannot be collected: two of one name, or options that are wrong
+taskkit.W001  a path in TASKKIT is relative
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from django.apps.config import AppConfig
+from django.core.checks import CheckMessage, Error, Warning, register
+from django.core.exceptions import ImproperlyConfigured
+from django.utils.module_loading import autodiscover_modules
+
+from taskkit.conf import TaskkitImproperlyConfigured, read_settings
+from taskkit.errors import TaskkitError
+
+
+@register("taskkit")
+def check_settings(app_configs: Sequence[AppConfig] | None, **kwargs: Any) -> list[CheckMessage]:
+    """Report a wrong key or value of TASKKIT, paths that depend on the current directory."""
+    try:
+        found = read_settings()
+    except TaskkitImproperlyConfigured as error:
+        return [Error(str(error), id="taskkit.E001")]
+    return [
+        Warning(
+            f"TASKKIT: {key} = {found[key]!r} is relative: each process may read it differently",
+            hint="Write an absolute path, for example BASE_DIR / 'state'.",
+            id="taskkit.W001",
+        )
+        for key in ("STATE_DIR", "UDS", "KEY_FILE")
+        if found.get(key) and not os.path.isabs(found[key])
+    ]
+
+
+@register("taskkit")
+def check_tasks(app_configs: Sequence[AppConfig] | None, **kwargs: Any) -> list[CheckMessage]:
+    """Report task models without process(), tasks of one name. Imports each app's `tasks` module."""
+    return [*_without_process(), *_uncollectable()]
+
+
+def _without_process() -> list[CheckMessage]:
+    from taskkit.rows import task_models
+    from taskkit.stream_task import StreamTask
+
+    return [
+        Error(
+            f"{model._meta.label} has no process(): there is nothing to run.",
+            hint="Define process() as a function, a coroutine function or a generator.",
+            obj=model,
+            id="taskkit.E002",
+        )
+        for model in task_models()
+        if model.process is StreamTask.process
+    ]
+
+
+def _uncollectable() -> list[CheckMessage]:
+    from taskkit import registry
+
+    autodiscover_modules("tasks")  # outside of the try: what a module raises keeps its traceback
+    try:
+        registry.load()
+    except (TaskkitError, ImproperlyConfigured, ValueError) as error:
+        return [Error(str(error), id="taskkit.E003")]
+    return []

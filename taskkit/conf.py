@@ -1,0 +1,61 @@
+"""The project's `TASKKIT` dict with the environment over it, read anew at each call.
+
+Nothing here runs at import, so `override_settings` works.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Set
+from typing import Any
+
+from django.conf import settings
+from django.core.exceptions import ImproperlyConfigured
+
+from taskkit.errors import SettingsError
+from taskkit.settings import Settings, from_environment, load_settings
+
+
+class TaskkitImproperlyConfigured(SettingsError, ImproperlyConfigured):
+    """A key of TASKKIT, or a TASKKIT_* variable, is wrong; the message names key and value."""
+
+
+def _plain(value: Any) -> Any:
+    """Return `value` with what settings files like to hold (paths, tuples, sets) as plain data."""
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple, Set)):
+        return [_plain(item) for item in value]
+    return value
+
+
+def read_settings() -> dict[str, Any]:
+    """Return what the project sets, environment over TASKKIT, as plain data by upper-case key; checked.
+
+    Keys that nobody sets are absent, so that flags and defaults can still be told apart.
+
+    Raises:
+      TaskkitImproperlyConfigured: a key is unknown or a value is wrong. The project's fault.
+    """
+    own = getattr(settings, "TASKKIT", {})
+    if not isinstance(own, Mapping):
+        raise TaskkitImproperlyConfigured(f"TASKKIT = {own!r}: it must be a dict")
+    found = _plain(own)
+    try:
+        load_settings(found)
+        environment = from_environment(os.environ)
+        load_settings(environment, source="environment")
+    except SettingsError as error:
+        raise TaskkitImproperlyConfigured(str(error)) from error
+    return {**found, **environment}
+
+
+def get_settings() -> Settings:
+    """Return the same, typed, with defaults.
+
+    Raises:
+      TaskkitImproperlyConfigured: as `read_settings`.
+    """
+    return load_settings(read_settings())

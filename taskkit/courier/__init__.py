@@ -1,0 +1,1 @@
+"""The courier process, between Django's databases on one side, the gateway on the other."""

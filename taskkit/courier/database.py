@@ -1,0 +1,234 @@
+"""What the courier has to do in one database, at a pace that the database bears."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterator
+from itertools import islice
+from typing import Final, TypeVar
+
+from django.db import Error, connections, router
+
+from taskkit.courier import outbox_reader, projection
+from taskkit.courier.node import NodeIdentity
+from taskkit.models import Node, Outbox, Run
+from taskkit.wire.messages import Submit, Submitted, Told, Transition
+
+_T = TypeVar("_T")
+_log = logging.getLogger("bulkhead.courier")
+
+#: Seconds between two tries of a database that does not answer: doubled each time.
+BACKOFF: Final = (0.1, 5.0)
+
+#: Submissions that may be unanswered. Enough to fill one round of the gateway, few enough to repeat.
+WINDOW: Final = 64
+
+#: Transitions in one transaction.
+BATCH: Final = 100
+
+#: Seconds between two looks into the outbox without a poke.
+POLL: Final = 1.0
+
+#: Seconds between two renewals of the node's row; taskkit.outbox.NODE_FRESH allows two to be missed. Also how
+#: often a connection's age is checked against CONN_MAX_AGE.
+RENEWAL: Final = 30.0
+
+#: Seconds between two looks for tables that were missing: a second database that is not ours, or not migrated
+#: yet.
+MISSING_TABLES: Final = 5.0
+
+#: Seconds after which an unanswered submission is sent again; the gateway answers it as it did the first
+#: time.
+ANSWER_DEADLINE: Final = 30.0
+
+#: Seconds to hold submissions back after the gateway put some off: doubled each time, until it takes one.
+PUT_OFF: Final = (1.0, 30.0)
+
+
+class Away(Exception):
+    """The database does not answer; it is tried again by itself."""
+
+
+class Database:
+    """One database of the project. Every method that may fail raises Away and leaves the work as it was.
+
+    Attributes:
+      held: newest transition of each run that is to be written, with its size in bytes.
+    """
+
+    def __init__(self, alias: str, node: NodeIdentity) -> None:
+        self.alias = alias
+        self.held: dict[str, tuple[Transition, int]] = {}
+        self._node = node
+        self._ours = all(router.allow_migrate_model(alias, model) for model in (Outbox, Run, Node))
+        self._has_tables = False
+        self.registered = False
+        self._answers: dict[str, Submitted] = {}
+        self._unanswered: dict[str, float] = {}  # id → when to send it again
+        self._data_version: int | None = None
+        self._backoff = 0.0
+        self._put_off = 0.0
+        self._retry_at = self._renew_at = self._poll_at = self._submit_at = 0.0
+
+    # --- what comes in --------------------------------------------------------------------------------------
+
+    def hold(self, transition: Transition, size: int) -> None:
+        """Take a transition to write; an older one of the same run is void."""
+        older = self.held.get(transition.run)
+        if older is None or older[0].version < transition.version:
+            self.held[transition.run] = transition, size
+
+    def take_answer(self, answer: Submitted) -> bool:
+        """Take the answer if its submission came from here."""
+        if self._unanswered.pop(answer.id, None) is None:
+            return False
+        self._answers[answer.id] = answer
+        return True
+
+    def look_soon(self) -> None:
+        """Look into the outbox at the next turn: somebody poked."""
+        self._poll_at = 0.0
+
+    def send_anew(self) -> None:
+        """Send again what is unanswered: the gateway that was asked is gone."""
+        self._unanswered.clear()
+        self._submit_at = self._poll_at = self._put_off = 0.0
+        self._data_version = None
+
+    # --- what is to be done ---------------------------------------------------------------------------------
+
+    def next_turn(self, now: float, linked: bool) -> float:
+        """Return when there is something to do."""
+        if not self._ours:
+            return math.inf
+        if now < self._retry_at:
+            return self._retry_at
+        if not self._has_tables:
+            return self._renew_at
+        if self.held or self._answers:
+            return now
+        return min(self._renew_at, max(self._poll_at, self._submit_at)) if linked else self._renew_at
+
+    def work(self, now: float, linked: bool) -> Iterator[Told | Submit]:
+        """Do what is due; yield what the gateway is to be told, each once it is true.
+
+        Args:
+          linked: whether there is a gateway to submit to.
+
+        Raises:
+          Away: the database does not answer. What was yielded stands.
+        """
+        if now < self._retry_at or not self._ours:
+            return
+        if now >= self._renew_at:
+            self.attempt(self._renew, now)
+            self._renew_at = now + (RENEWAL if self._has_tables else MISSING_TABLES)
+        if self._has_tables:
+            self.attempt(lambda: self._settle(now), now)
+            yield from self.attempt(self._write, now)
+            if linked and now >= max(self._poll_at, self._submit_at):
+                yield from self.attempt(lambda: self._poll(now), now)
+
+    def attempt(self, work: Callable[[], _T], now: float) -> _T:
+        """Return what `work` returns.
+
+        Raises:
+          Away: the database did not answer now, or a moment ago.
+        """
+        if now < self._retry_at:
+            raise Away(f"the database {self.alias!r} does not answer")
+        try:
+            result = work()
+        except (
+            Exception
+        ) as error:  # also what drivers raise past Django; the loop goes on with the other databases
+            self._fail(error, now)
+            raise Away(f"the database {self.alias!r} does not answer: {error}") from error
+        if self._backoff:
+            _log.warning("the database %r answers again", self.alias)
+            self._backoff = 0.0
+        return result
+
+    def _fail(self, error: Exception, now: float) -> None:
+        if not self._backoff:
+            known = isinstance(error, Error)
+            _log.warning("the database %r does not answer: %s", self.alias, error, exc_info=not known)
+        self._backoff = min(max(2 * self._backoff, BACKOFF[0]), BACKOFF[1])
+        self._retry_at = now + self._backoff
+        self._renew_at = 0.0  # tables and node once more: it may come back as another database
+        self._disconnect()
+
+    def _disconnect(self) -> None:
+        self._data_version = None  # the next connection counts anew
+        try:
+            connections[self.alias].close()
+        except (
+            Exception
+        ) as error:  # the driver chokes on a dead socket; Django has dropped the connection by then
+            _log.info("the connection to %r could not be closed properly: %s", self.alias, error)
+
+    def _renew(self) -> None:
+        connection = connections[self.alias]
+        connection.close_if_unusable_or_obsolete()
+        self._data_version = None
+        tables = set(connection.introspection.table_names())
+        self._has_tables = all(model._meta.db_table in tables for model in (Outbox, Run, Node))
+        if self._has_tables:
+            self._node.register(self.alias)
+            self.registered = True
+        elif self.held:
+            _log.warning(
+                "the database %r lacks taskkit's tables: manage.py migrate --database %s", *2 * (self.alias,)
+            )
+
+    def _settle(self, now: float) -> None:
+        if not self._answers:
+            return
+        later = [answer for answer in self._answers.values() if answer.code in outbox_reader.LATER]
+        final = [answer for answer in self._answers.values() if answer.code not in outbox_reader.LATER]
+        if final:
+            projection.settle(self.alias, final)
+        for answer in later:
+            outbox_reader.postpone(self.alias, answer)
+        self._answers.clear()
+        self._pace(now, accepted=bool(final), put_off=bool(later))
+
+    def _pace(self, now: float, *, accepted: bool, put_off: bool) -> None:
+        if accepted:
+            self._put_off = 0.0
+        if put_off:
+            self._put_off = min(max(2 * self._put_off, PUT_OFF[0]), PUT_OFF[1])
+            self._submit_at = now + self._put_off
+        self._look_again()
+
+    def _look_again(self) -> None:
+        """Look at the next turn, although nobody else changed the database: the window has room."""
+        self._poll_at = 0.0
+        self._data_version = None
+
+    def _write(self) -> list[Told]:
+        batch = [transition for transition, _ in islice(self.held.values(), BATCH)]
+        if batch:
+            projection.write(self.alias, batch)
+        for transition in batch:
+            del self.held[transition.run]
+        return [Told(run=transition.run, version=transition.version) for transition in batch]
+
+    def _poll(self, now: float) -> list[Submit]:
+        for id_ in [id_ for id_, deadline in self._unanswered.items() if deadline <= now]:
+            del self._unanswered[id_]
+            self._data_version = None
+        self._poll_at = now + POLL
+        # Read before the rows: what is committed in between is seen next time, not never.
+        version = outbox_reader.data_version(self.alias)
+        if version is not None and version == self._data_version:
+            return []
+        submissions, refusals = outbox_reader.read(
+            self.alias, self._unanswered, WINDOW - len(self._unanswered)
+        )
+        if refusals:
+            projection.settle(self.alias, refusals)
+        self._data_version = version
+        self._unanswered.update((submission.id, now + ANSWER_DEADLINE) for submission in submissions)
+        return submissions

@@ -1,0 +1,157 @@
+"""The project's `Run` rows, kept in step with what the gateway says.
+
+Rule 1: older news never overwrite newer; `version` decides.
+
+Rule 2: every transaction begins with a write. On SQLite a deferred transaction that reads first fails at once
+("database is locked") when somebody wrote in between, instead of waiting its turn.
+
+Rule 3: the gateway is right. It has at most one open run per task row, so another open projection of that row
+is either a submission that waits in the outbox, or one whose end was lost on the way.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterable, Sequence
+from datetime import UTC, datetime
+from typing import Any, Final
+
+from django.conf import settings
+from django.db import DataError, IntegrityError, transaction
+from django.utils import timezone
+
+from taskkit.lifecycle import TERMINAL, RunStatus
+from taskkit.models import OPEN, ROW_KEY_LENGTH, Outbox, Run
+from taskkit.wire.messages import Submitted, Transition
+
+_log = logging.getLogger("bulkhead.courier")
+
+#: What a database says of a value that it will not take next time either.
+_UNSTORABLE: Final = (IntegrityError, DataError, ValueError, OverflowError)
+
+
+def write(using: str, transitions: Sequence[Transition]) -> None:
+    """Bring the database `using` up to these transitions: in one transaction, or one each if that fails.
+
+    A value that this database cannot store (NUL in PostgreSQL's jsonb, NaN) is left out, so that the status
+    is right all the same; what fails even then is logged and given up.
+
+    Raises:
+      DatabaseError: the database is away; nothing of what was not committed counts.
+    """
+    try:
+        with transaction.atomic(using=using):
+            for transition in transitions:
+                _put(using, transition.run, transition.version, _values(transition))
+    except _UNSTORABLE:
+        for transition in transitions:
+            _write_alone(using, transition)
+
+
+def _write_alone(using: str, transition: Transition) -> None:
+    for columns in (_values, _bare_values):
+        try:
+            with transaction.atomic(using=using):
+                _put(using, transition.run, transition.version, columns(transition))
+            return
+        except _UNSTORABLE as error:
+            _log.warning(
+                "run %s, %s: %r does not take it: %s", transition.run, columns.__name__, using, error
+            )
+    _log.error(
+        "run %s: its projection stays as it is in %r: nothing of version %d can be stored",
+        transition.run,
+        using,
+        transition.version,
+    )
+
+
+def _values(transition: Transition) -> dict[str, Any]:
+    """Return the columns of the projection."""
+    return {
+        **_bare_values(transition),
+        "args": transition.args,
+        "kwargs": transition.kwargs,
+        "result": None if transition.result is None else json.loads(transition.result),
+        "error": None if transition.error is None else json.loads(transition.error),
+        "metadata": transition.metadata,
+        "tags": transition.tags,
+    }
+
+
+def _bare_values(transition: Transition) -> dict[str, Any]:
+    """Return the columns that any database can store."""
+    key = transition.row.key if transition.row else None
+    return {
+        "task": transition.task,
+        "status": RunStatus(transition.status).value,
+        "version": transition.version,
+        "attempt": transition.attempt,
+        "row_key": key if key is None or len(key) <= ROW_KEY_LENGTH else None,
+        "created_at": _moment(transition.created_at),
+        "started_at": None if transition.started_at is None else _moment(transition.started_at),
+        "finished_at": None if transition.finished_at is None else _moment(transition.finished_at),
+    }
+
+
+def _moment(seconds: float) -> datetime:
+    """Return Unix seconds as this project stores times: aware, or naive local time without USE_TZ."""
+    moment = datetime.fromtimestamp(seconds, UTC)
+    return moment if settings.USE_TZ else timezone.make_naive(moment)
+
+
+def _put(using: str, run: str, version: int, values: dict[str, Any]) -> None:
+    if values["row_key"] and values["status"] not in TERMINAL:
+        _make_way(using, run, values["row_key"])
+    runs = Run.objects.using(using).filter(id=run)
+    if not runs.filter(version__lt=version).update(**values) and not runs.exists():
+        Run.objects.using(using).bulk_create(
+            [Run(id=run, **values)]
+        )  # unlike create: no signal, no user code
+
+
+def _make_way(using: str, run: str, row_key: str) -> None:
+    """Let no other open projection hold `row_key`: the constraint allows one.
+
+    A waiting submission keeps its row without the key; the gateway answers it with this run, or makes it a
+    run of its own, whose transition brings the key back. Anything else has ended unheard; a late transition
+    of it still counts, as the version stays.
+    """
+    others = Run.objects.using(using).filter(row_key=row_key, status__in=OPEN).exclude(id=run)
+    waiting = Outbox.objects.using(using).filter(row_key=row_key, state=Outbox.State.PENDING).values("id")
+    others.filter(id__in=waiting).update(row_key=None)
+    error = {"code": "superseded", "message": f"how it ended was not heard; its row now has the run {run}"}
+    others.update(status=RunStatus.FAILED.value, error=error, finished_at=timezone.now())
+
+
+def settle(using: str, answers: Iterable[Submitted]) -> None:
+    """Act on the gateway's answers to submissions from the database `using`, in one transaction.
+
+    Accepted: the outbox entry goes. Its row was running already: the entry and its projection go, the other
+    run has one of its own. Refused: the entry stays for people to see, the projection says why it failed.
+
+    Raises:
+      DatabaseError: the database is away; the answers still stand.
+    """
+    with transaction.atomic(using=using):
+        for answer in answers:
+            if answer.code or answer.error:
+                # PostgreSQL stores no NUL, and an answer that cannot be stored would be tried for ever
+                _refuse(using, answer.id, answer.code or "refused", answer.error.replace("\0", "\ufffd"))
+            else:
+                _accept(using, answer)
+
+
+def _accept(using: str, answer: Submitted) -> None:
+    # Unlike delete(): one statement, no signal, no user code. Nothing refers to these rows.
+    Outbox.objects.using(using).filter(id=answer.id)._raw_delete(using)
+    if answer.run != answer.id:
+        Run.objects.using(using).filter(id=answer.id, version=0)._raw_delete(using)
+
+
+def _refuse(using: str, run: str, code: str, message: str) -> None:
+    Outbox.objects.using(using).filter(id=run).update(state=Outbox.State.REFUSED, error=message or code)
+    Run.objects.using(using).filter(id=run, version=0, status__in=OPEN).update(
+        status=RunStatus.FAILED.value, error={"code": code, "message": message}, finished_at=timezone.now()
+    )

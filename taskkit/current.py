@@ -1,0 +1,74 @@
+"""What a task says while it runs: `emit`, `progress`, `current_run`. Imports no Django.
+
+The runner puts a Speaker into the context before it calls user code; these functions find it there, in any thread
+or event loop task that inherited the context.
+"""
+
+from __future__ import annotations
+
+from contextvars import ContextVar
+from typing import Any, Protocol
+
+
+class Speaker(Protocol):
+    """The run as its own task sees it.
+
+    Attributes:
+      id: the run's UUIDv7; stable over attempts, so it can serve as an idempotency key.
+      attempt: 1, 2, 3 …
+      task: the task's name.
+      metadata: what the submission brought along.
+    """
+
+    @property
+    def id(self) -> str: ...
+    @property
+    def attempt(self) -> int: ...
+    @property
+    def task(self) -> str: ...
+    @property
+    def metadata(self) -> dict[str, Any]: ...
+
+    def emit(self, type: str, data: Any = None) -> None: ...
+    def progress(self, done: float, total: float | None = None, message: str = "") -> None: ...
+
+
+speaker: ContextVar[Speaker | None] = ContextVar("bulkhead_speaker", default=None)
+
+
+def current_run() -> Speaker:
+    """Return the run that the calling code belongs to.
+
+    Raises:
+      RuntimeError: it belongs to none; tasks speak only while Bulkhead runs them.
+    """
+    found = speaker.get()
+    if found is None:
+        raise RuntimeError(
+            "there is no current run here: emit(), progress() and current_run() work inside a task that a "
+            "Bulkhead runner performs, and in threads that copied its context (contextvars.copy_context)"
+        )
+    return found
+
+
+def emit(type: str, data: Any = None) -> None:
+    """Send an event to everybody who follows this run. Durable, ordered, never conflated.
+
+    `data` may be anything JSON can express, plus dates, UUIDs, decimals and dataclasses; what is no object becomes
+    `{"value": data}`. It is encoded before the call returns and never changed. Blocks while the pipe to the gateway
+    is full: a task that speaks faster than the store can write waits for itself only.
+
+    Raises:
+      ValueError: the name is reserved or unsafe, or the value is too large (`LIMITS.event_bytes`).
+      TypeError: the value holds something that JSON cannot express. In both cases nothing was sent.
+    """
+    current_run().emit(type, data)
+
+
+def progress(done: float, total: float | None = None, message: str = "") -> None:
+    """Tell how far the run is, as an event named `run.progress` with `{done, total, message}`.
+
+    For frequent calls: when the pipe is three quarters full, only the newest value is kept until there is room.
+    Use `emit` for what nobody may miss.
+    """
+    current_run().progress(done, total, message)

@@ -1,0 +1,320 @@
+"""Submitting from Django: a row in the caller's own transaction, a poke when it commits.
+
+A submission exists exactly if the caller's transaction commits. Whether Bulkhead is up does not matter: the
+row waits until a courier finds it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import socket
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from functools import partial
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+from django.db import DEFAULT_DB_ALIAS, IntegrityError, router, transaction
+from django.utils import timezone
+from django.utils.functional import Promise
+
+from taskkit import linux
+from taskkit.conf import get_settings
+from taskkit.errors import LocalWireError
+from taskkit.identifiers import is_task_name, new_run_id
+from taskkit.models import OPEN, ROW_KEY_LENGTH, Node, Outbox, Run, StreamTask
+from taskkit.rows import row_address, task_name
+from taskkit.threads import in_thread
+from taskkit.wire import codec
+from taskkit.wire.messages import Row, Submit
+
+#: Seconds after which a node that was not seen is no longer poked; the courier renews its row every 30.
+NODE_FRESH: Final = 90.0
+
+#: Seconds for which a process keeps the addresses it pokes, so that a burst of submissions asks the database
+#: once.
+_ADDRESSES_FRESH: Final = 5.0
+
+#: How often a start that lost the race for a row looks again. Each round needs a whole run to begin and end
+#: between two statements; one is already rare.
+_START_TRIES: Final = 5
+
+PRIORITIES: Final = range(-100, 101)
+
+_addresses: dict[str, tuple[float, list[str]]] = {}
+
+
+@dataclass(frozen=True, slots=True)
+class RunHandle:
+    """A submission that was made.
+
+    Attributes:
+      id: of the run. With an uncommitted transaction around it, the run comes into being at its commit.
+      using: alias of the database that has its outbox entry and its projection.
+      new: False when the row was running already, and this is its run.
+    """
+
+    id: str
+    using: str = DEFAULT_DB_ALIAS
+    new: bool = True
+
+    def __str__(self) -> str:
+        return self.id
+
+    def run(self) -> Run:
+        """Return the run as Django knows it now.
+
+        Raises:
+          Run.DoesNotExist: the submission was rolled back, or the row turned out to be running as another
+          run.
+        """
+        return Run.objects.using(self.using).get(id=self.id)
+
+
+def submit(
+    task: str | Callable[..., Any] | type[StreamTask] | StreamTask,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    row: StreamTask | None = None,
+    using: str | None = None,
+    pool: str | None = None,
+    priority: int | None = None,
+    run_after: datetime | timedelta | None = None,
+    timeout: float | timedelta | None = None,
+    max_attempts: int | None = None,
+    metadata: Mapping[str, Any] | None = None,
+    tags: Sequence[str] = (),
+) -> RunHandle:
+    """Ask for a run of `task`, in the transaction that is open on `using`, or in one of its own.
+
+    `task` is a registered function, its name, or a saved row of a task model (`row` is the longer way to say
+    that). A row that has an open run gets no second one: the handle is that run's. Arguments become JSON
+    here, so later changes to them have no effect.
+
+    Args:
+      using: alias of the database to write to; default: the row's, else what the routers say.
+      run_after: not before this aware moment, or not before so much time from now.
+      timeout: seconds per attempt.
+
+    Raises:
+      TypeError: an argument cannot be expressed in JSON, or `task` is no task.
+      ValueError: an option is out of range, or the row is not saved.
+      DatabaseError: the database does not take it. In every case nothing was submitted.
+    """
+    if isinstance(task, StreamTask):
+        row = task
+    name = _name_of(task, row)
+    alias = using or alias_of(row)
+    address = None if row is None else _address_of(row, name, alias)
+    submission = Submit(
+        id=new_run_id(),
+        task=name,
+        args=as_json(list(args), f"args of {name}"),
+        kwargs=as_json(dict(kwargs or {}), f"kwargs of {name}"),
+        row=address,
+        pool=pool,
+        priority=priority,
+        run_after=_unix_time(run_after),
+        timeout=timeout.total_seconds() if isinstance(timeout, timedelta) else timeout,
+        max_attempts=max_attempts,
+        metadata=as_json(dict(metadata or {}), "metadata"),
+        tags=list(tags),
+        using=alias,
+    )
+    _check(submission)
+    return _insert(submission)
+
+
+async def asubmit(*args: Any, **kwargs: Any) -> RunHandle:
+    """Do what `submit` does, from asyncio or trio, without blocking the loop.
+
+    Under asyncio it uses Django's thread-sensitive thread, hence the same connection as Django's own async
+    ORM. Cancelled in the middle, the submission may or may not have been made.
+    """
+    return await in_thread(submit, *args, **kwargs)
+
+
+def open_run(row_key: str, using: str) -> str | None:
+    """Return the id of the open run of a row, as far as the database `using` knows."""
+    found = Run.objects.using(using).filter(row_key=row_key, status__in=OPEN).values_list("id", flat=True)[:1]
+    return next((str(run) for run in found), None)
+
+
+def as_json(value: Any, what: str) -> Any:
+    """Return `value` as the plain data of its JSON: dates, UUIDs and decimals become text.
+
+    Raises:
+      TypeError: it holds something that JSON cannot express; the message begins with `what`.
+    """
+    try:
+        return json.loads(
+            json.dumps(msgspec.to_builtins(value, str_keys=True, enc_hook=_lazy), allow_nan=False)
+        )
+    except (TypeError, ValueError, RecursionError) as error:
+        raise TypeError(f"{what}: JSON cannot express this: {error}") from error
+
+
+def _lazy(value: Any) -> Any:
+    """Resolve Django's lazily translated strings for `msgspec`."""
+    if isinstance(value, Promise):
+        return str(value)
+    raise TypeError(f"an object of type {type(value).__qualname__}")
+
+
+def poke(using: str = DEFAULT_DB_ALIAS) -> None:
+    """Tell every tree that serves the database `using` that its outbox has something new.
+
+    One datagram each, without waiting. Never raises: a poke that is lost costs at most the second until the
+    courier polls.
+    """
+    with contextlib.suppress(
+        Exception
+    ):  # the submission is committed; nothing that happens here may hide that
+        for address in _poke_addresses(using):
+            _send_poke(address)
+
+
+def _send_poke(address: str) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
+        try:
+            if address.startswith("@"):
+                sender.sendto(b"\0", socket.MSG_DONTWAIT, b"\0" + address[1:].encode())
+                return
+            with linux.short_socket_path(Path(address)) as path:
+                sender.sendto(b"\0", socket.MSG_DONTWAIT, path)
+        except OSError:  # its tree is gone (ECONNREFUSED, ENOENT), or pokes enough wait there (EAGAIN)
+            return
+
+
+def _poke_addresses(using: str) -> list[str]:
+    at, found = _addresses.get(using, (-math.inf, []))
+    now = time.monotonic()
+    if now - at > _ADDRESSES_FRESH:
+        seen = timezone.now() - timedelta(seconds=NODE_FRESH)
+        nodes = Node.objects.using(using).filter(seen_at__gte=seen)
+        found = list(nodes.values_list("poke_address", flat=True))
+        _addresses[using] = now, found
+    return found
+
+
+def _name_of(task: Any, row: StreamTask | None) -> str:
+    model = type(task) if isinstance(task, StreamTask) else task
+    if isinstance(model, type) and issubclass(model, StreamTask):
+        if row is None:
+            raise TypeError(f"{model.__name__} is a task model: give a saved row of it")
+        return task_name(model)
+    if isinstance(task, str):
+        if not is_task_name(task):
+            raise ValueError(f"{task!r} is no task's name; write <app label>.<function or model>")
+        return task
+    if isinstance(path := getattr(task, "module_path", None), str):  # a Task of django.tasks
+        return path
+    path = f"{getattr(task, '__module__', '')}.{getattr(task, '__qualname__', '')}"
+    if not callable(task) or not is_task_name(path):
+        raise TypeError(
+            f"{task!r} is no task: give a function of a tasks module, its name, or a StreamTask row"
+        )
+    return path
+
+
+def alias_of(row: StreamTask | None) -> str:
+    """Return where a submission belongs: beside its row, if the routers let our tables live there."""
+    hints = {} if row is None else {"instance": row}
+    alias = router.db_for_write(Outbox, **hints)
+    return alias if router.allow_migrate_model(alias, Outbox) else DEFAULT_DB_ALIAS
+
+
+def _address_of(row: StreamTask, name: str, alias: str) -> Row:
+    if row.pk is None or row._state.adding:
+        raise ValueError(
+            f"save this {type(row).__name__} before starting it: a runner reads it from the database"
+        )
+    if task_name(type(row)) != name:
+        raise ValueError(f"the row is a {task_name(type(row))}, not a {name}")
+    address = row_address(type(row), row.pk, row._state.db or alias)
+    if len(address.key) > ROW_KEY_LENGTH:
+        raise ValueError(
+            f"the row's key may have {ROW_KEY_LENGTH} characters, {address.key[:60]!r}… has more"
+        )
+    return address
+
+
+def _unix_time(moment: datetime | timedelta | None) -> float | None:
+    if moment is None:
+        return None
+    if isinstance(moment, timedelta):
+        moment = timezone.now() + moment
+    elif timezone.is_naive(moment):
+        raise ValueError(f"run_after = {moment!r}: give an aware datetime (django.utils.timezone.now() + …)")
+    return moment.timestamp()
+
+
+def _check(submission: Submit) -> None:
+    """Refuse what the gateway would refuse, where the caller still sees it."""
+    if submission.priority is not None and submission.priority not in PRIORITIES:
+        raise ValueError(f"priority = {submission.priority!r}: it goes from -100 to 100")
+    if submission.timeout is not None and not 0 < submission.timeout < math.inf:
+        raise ValueError(f"timeout = {submission.timeout!r}: it must be a number of seconds above 0")
+    if submission.max_attempts is not None and submission.max_attempts < 1:
+        raise ValueError(f"max_attempts = {submission.max_attempts!r}: it must be at least 1")
+    if not all(isinstance(tag, str) for tag in submission.tags):
+        raise TypeError(f"tags = {submission.tags!r}: they must be strings")
+    try:
+        size = len(codec.pack(submission))
+    except LocalWireError as error:
+        raise TypeError(f"{submission.task}: {error}") from error
+    limit = get_settings().limits.body_bytes
+    if size > limit:
+        raise ValueError(
+            f"{submission.task}: {size} bytes of arguments, LIMITS.body_bytes = {limit}; pass a reference"
+        )
+
+
+def _insert(submission: Submit) -> RunHandle:
+    """Insert the submission, or find the run that its row has already."""
+    clash: IntegrityError | None = None
+    for _ in range(_START_TRIES):
+        # Outside of the transaction below: on SQLite, reading first in a deferred transaction would turn the
+        # wait for another writer into an immediate "database is locked" (SQLITE_BUSY_SNAPSHOT).
+        if submission.row and (running := open_run(submission.row.key, submission.using)):
+            return RunHandle(running, submission.using, new=False)
+        try:
+            with transaction.atomic(using=submission.using):
+                _insert_rows(submission)
+        except IntegrityError as error:
+            if submission.row is None:
+                raise
+            clash = error  # somebody else started the row since; the next round finds the run
+            continue
+        transaction.on_commit(partial(poke, submission.using), using=submission.using, robust=True)
+        return RunHandle(submission.id, submission.using)
+    raise RuntimeError(
+        f"{submission.task}: the row's run is taken and not to be seen; repeat in a new transaction"
+    ) from clash
+
+
+def _insert_rows(submission: Submit) -> None:
+    key = submission.row.key if submission.row else None
+    now = timezone.now()
+    payload = msgspec.to_builtins(submission)
+    for name in ("message", "id", "using"):
+        payload.pop(name, None)
+    Run.objects.using(submission.using).create(
+        id=submission.id,
+        task=submission.task,
+        args=submission.args,
+        kwargs=submission.kwargs,
+        row_key=key,
+        metadata=submission.metadata,
+        tags=submission.tags,
+        created_at=now,
+    )
+    Outbox.objects.using(submission.using).create(
+        id=submission.id, payload=payload, row_key=key, created_at=now
+    )

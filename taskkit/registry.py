@@ -1,0 +1,251 @@
+"""Every task of the project, by name.
+
+Three ways lead into it: functions under `@taskkit.task`, Task objects of Django's own Tasks interface whose
+backend is ours, concrete StreamTask models. Reads no settings but TASKS, touches no database.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Any, Final
+
+from django.apps import AppConfig, apps
+from django.conf import settings
+from django.core.exceptions import ImproperlyConfigured
+from django.utils.module_loading import autodiscover_modules
+
+from taskkit import tasks
+from taskkit.model_schema import model_parameters
+from taskkit.schema import NO_PARAMETERS, Parameters, parameters_of
+from taskkit.stream_task import StreamTask
+from taskkit.tasks import Backoff, TaskOptions
+from taskkit.wire.messages import TaskInfo
+
+#: `BACKEND` in settings.TASKS of the tasks that are ours; compared as text, never imported here.
+BACKEND: Final = "taskkit.backend.BulkheadBackend"
+
+#: Homes of the class Task: Django 6, its backport for 5.2. Whoever has such an object has imported one.
+_TASK_HOMES: Final = ("django.tasks.base", "django_tasks.base")
+
+
+class DuplicateTask(ImproperlyConfigured):
+    """Two tasks have one name; the message names both places."""
+
+
+@dataclass(frozen=True)
+class TaskDefinition:
+    """One task as the processes with Django see it.
+
+    Attributes:
+      info: what the gateway's catalogue knows.
+      func: what to call; None for a model task, whose row's `process` is called.
+      model: the model of a model task.
+      loop: "asyncio", "trio" or None, which leaves it to the pool.
+      backoff: (exception, task_result) -> seconds until the next attempt, None to give up.
+      place: where it is defined, for people.
+      takes_context: the first parameter is django.tasks' context.
+      parameters: what `func` may be called with.
+    """
+
+    info: TaskInfo
+    func: Callable[..., Any] | None
+    model: type[StreamTask] | None
+    loop: str | None
+    backoff: Backoff | None
+    place: str = ""
+    takes_context: bool = False
+    parameters: Parameters = field(default=NO_PARAMETERS, repr=False)
+
+    @property
+    def target(self) -> Callable[..., Any]:
+        """What does the work: the function, or the model's `process` (unbound)."""
+        if self.model is not None:
+            return self.model.process
+        assert self.func is not None
+        return self.func
+
+    @property
+    def is_async(self) -> bool:
+        """Whether it needs an event loop: a coroutine function or an async generator function."""
+        return tasks.is_async(self.target)
+
+    @property
+    def is_generator(self) -> bool:
+        """Whether it yields: a generator function, synchronous or not."""
+        return tasks.is_generator(self.target)
+
+    def bind(self, args: list[Any], kwargs: dict[str, Any]) -> tuple[list[Any], dict[str, Any]]:
+        """Return JSON arguments as the annotated types. A model task takes none.
+
+        Raises:
+          InvalidArguments: with a message per parameter. The submitter's fault.
+        """
+        return self.parameters.bind(args, kwargs)
+
+
+def load() -> dict[str, TaskDefinition]:
+    """Return every task of the project by name, after `django.setup()`. Imports each app's `tasks` module.
+
+    Raises:
+      DuplicateTask: two tasks have one name.
+      ValueError: an option of a model task is wrong.
+      Exception: whatever a `tasks` module raises when it is imported.
+    """
+    apps.check_models_ready()
+    autodiscover_modules("tasks")
+    found: dict[str, TaskDefinition] = {}
+    for definition in (*_functions(), *_django_tasks(), *_models()):
+        other = found.setdefault(definition.info.name, definition)
+        if other is not definition:
+            raise DuplicateTask(
+                f"two tasks are named {definition.info.name!r}: {other.place} and {definition.place}; "
+                "rename one, or give it another name: @task(name=…)"
+            )
+    return dict(sorted(found.items()))
+
+
+def _tasks_modules() -> Iterator[tuple[AppConfig, ModuleType]]:
+    for app in apps.get_app_configs():
+        module = sys.modules.get(f"{app.name}.tasks")
+        if module is not None:
+            yield app, module
+
+
+def _place(function: Callable[..., Any]) -> str:
+    code = inspect.unwrap(function).__code__
+    return f"{function.__module__}.{function.__qualname__} ({code.co_filename}:{code.co_firstlineno})"
+
+
+def _label(function: Callable[..., Any], finder: AppConfig) -> str:
+    """Return the label of the app that the function lives in, else of the one whose `tasks` offers it."""
+    home = apps.get_containing_app_config(function.__module__)
+    return (home or finder).label
+
+
+# --- functions under @task
+# -------------------------------------------------------------------------------------
+
+
+def _functions() -> Iterator[TaskDefinition]:
+    """Yield the tasks offered by each app's `tasks` module, package or not.
+
+    What counts is the outermost function of a name, so that a decorator above `@task` keeps its effect; the
+    options object tells that both are one task.
+    """
+    seen: set[int] = set()
+    for app, module in _tasks_modules():
+        inside = f"{module.__name__}."
+        offered = [
+            *vars(module).values(),
+            *(it for it in tasks.noted_functions() if f"{it.__module__}.".startswith(inside)),
+        ]
+        for function in offered:
+            options = tasks.options_of(function)
+            if options is not None and id(options) not in seen:
+                seen.add(id(options))
+                yield _function_task(function, options, _label(function, app))
+
+
+def _function_task(
+    function: Callable[..., Any], options: TaskOptions, label: str, takes_context: bool = False
+) -> TaskDefinition:
+    parameters = parameters_of(function, skip=int(takes_context))
+    name = options.name or function.__name__
+    info = _info(
+        options,
+        name=name if "." in name else f"{label}.{name}",
+        path=f"{function.__module__}.{function.__qualname__}",
+        kind="function",
+        doc=inspect.getdoc(function) or "",
+        parameters=parameters.schema,
+        positional=parameters.positional,
+    )
+    return TaskDefinition(
+        info=info,
+        func=function,
+        model=None,
+        loop=options.loop,
+        backoff=options.backoff,
+        place=_place(function),
+        takes_context=takes_context,
+        parameters=parameters,
+    )
+
+
+def _info(options: TaskOptions, **own: Any) -> TaskInfo:
+    """Return the catalogue's entry: what is special to this task, with its options."""
+    shared = {name: getattr(options, name) for name in TaskInfo.__struct_fields__ if hasattr(options, name)}
+    return TaskInfo(**{**shared, **own})
+
+
+# --- Task objects of django.tasks
+# ------------------------------------------------------------------------------
+
+
+def _django_tasks() -> Iterator[TaskDefinition]:
+    classes = tuple(sys.modules[name].Task for name in _TASK_HOMES if name in sys.modules)
+    aliases = _our_aliases()
+    seen: set[int] = set()
+    for app, module in _tasks_modules():
+        for value in vars(module).values():
+            if isinstance(value, classes) and value.backend in aliases and id(value) not in seen:
+                seen.add(id(value))
+                yield _django_task(value, app)
+
+
+def _our_aliases() -> set[str]:
+    configured: dict[str, dict[str, Any]] = getattr(settings, "TASKS", None) or {}
+    return {alias for alias, its in configured.items() if its.get("BACKEND") == BACKEND}
+
+
+def _django_task(value: Any, app: AppConfig) -> TaskDefinition:
+    """Return the definition of a Task object: its queue is our pool; newer options count if it has them."""
+    function: Callable[..., Any] = value.func
+    given = {name: getattr(value, name) for name in TaskOptions.__struct_fields__ if hasattr(value, name)}
+    given.update(name=None, pool=value.queue_name)
+    options = tasks.make_options(_place(function), given)
+    return _function_task(function, options, _label(function, app), takes_context=value.takes_context)
+
+
+# --- models
+# ----------------------------------------------------------------------------------------------------
+
+
+def _models() -> Iterator[TaskDefinition]:
+    for model in apps.get_models():
+        if issubclass(model, StreamTask):
+            yield _model_task(model)
+
+
+def _model_task(model: type[StreamTask]) -> TaskDefinition:
+    path = f"{model.__module__}.{model.__qualname__}"
+    options = _model_options(model, path)
+    info = _info(
+        options,
+        name=f"{model._meta.app_label}.{model.__name__}",
+        path=path,
+        kind="model",
+        doc=_model_doc(model),
+        parameters=model_parameters(model),
+        positional=(),
+    )
+    return TaskDefinition(
+        info=info, func=None, model=model, loop=options.loop, backoff=options.backoff, place=path
+    )
+
+
+def _model_options(model: type[StreamTask], place: str) -> TaskOptions:
+    """Read the options from class attributes; a model field of an option's name is no option."""
+    fields = {field.name for field in model._meta.get_fields()} | {"name"}
+    names = [name for name in TaskOptions.__struct_fields__ if name not in fields]
+    return tasks.make_options(place, {name: getattr(model, name) for name in names})
+
+
+def _model_doc(model: type[StreamTask]) -> str:
+    """Return the model's own docstring, not the list of fields that Django writes for a model without one."""
+    doc = vars(model).get("__doc__") or ""
+    return "" if doc.startswith(f"{model.__name__}(") else inspect.cleandoc(doc)

@@ -1,0 +1,227 @@
+"""One attempt: the run as its task sees it, from the call of user code to its end."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
+from typing import Any
+
+import anyio
+import anyio.lowlevel
+
+from taskkit import current
+from taskkit.errors import InvalidArguments, RunCancelled
+from taskkit.identifiers import check_event_name
+from taskkit.registry import TaskDefinition
+from taskkit.runner.emitter import Emitter
+from taskkit.runner.encode import failure_of, render, render_event
+from taskkit.wire.messages import Finished, Progress, RunnerSpec, Start
+
+#: What a generator's yield is called on the stream.
+YIELD_EVENT = "progress"
+
+#: Seconds before the next attempt when the task allows several and has no `backoff`: 2, 4, 8 … at most this.
+_MAX_DEFAULT_BACKOFF = 300.0
+
+
+class Attempt:
+    """One attempt of a run; implements `taskkit.current.Speaker`.
+
+    Args:
+      start: the order.
+      definition: the task in this process.
+      emitter: where events go.
+      spec: the limits of this runner.
+    """
+
+    def __init__(self, start: Start, definition: TaskDefinition, emitter: Emitter, spec: RunnerSpec) -> None:
+        self._start = start
+        self._definition = definition
+        self._emitter = emitter
+        self._spec = spec
+        self._extras: dict[str, Any] = {"_run": start.run, "_attempt": start.attempt}
+        if start.row is not None:
+            self._extras |= {"_task_id": start.row.pk, "_app": start.row.app, "_model": start.row.model}
+
+    @property
+    def id(self) -> str:
+        return self._start.run
+
+    @property
+    def attempt(self) -> int:
+        return self._start.attempt
+
+    @property
+    def task(self) -> str:
+        return self._start.task
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        return self._start.metadata
+
+    @property
+    def token(self) -> str:
+        """The fence of this attempt."""
+        return self._start.token
+
+    def emit(self, type: str, data: Any = None) -> None:
+        """See `taskkit.current.emit`."""
+        self._emitter.event(self.token, check_event_name(type), self._render(data))
+
+    def progress(self, done: float, total: float | None = None, message: str = "") -> None:
+        """See `taskkit.current.progress`."""
+        data = self._render({"done": done, "total": total, "message": str(message)[:1000]})
+        self._emitter.send_progress(Progress(token=self.token, data=data))
+
+    def _render(self, data: Any) -> bytes:
+        rendered = render_event(data, self._extras)
+        if len(rendered) > self._spec.event_limit:
+            raise ValueError(
+                f"an event may have {self._spec.event_limit} bytes of JSON (LIMITS.event_bytes), "
+                f"this one has {len(rendered)}; store it and send a reference"
+            )
+        return rendered
+
+    # --- calling user code ---------------------------------------------------------------------------------
+
+    @property
+    def is_async(self) -> bool:
+        """Whether the task needs an event loop."""
+        return self._definition.is_async
+
+    @property
+    def loop(self) -> str:
+        """The event loop it wants: "asyncio" or "trio"."""
+        return self._definition.loop or self._spec.loop
+
+    def prepare(self) -> Callable[[], Any]:
+        """Return the call of the task with its arguments. Reads the task's row, so it may block on the database.
+
+        Raises:
+          InvalidArguments: they do not fit the signature.
+          Exception: the row cannot be read.
+        """
+        definition = self._definition
+        if definition.model is None:
+            assert definition.func is not None
+            args, kwargs = definition.bind(list(self._start.args), dict(self._start.kwargs))
+            func = definition.func
+            return lambda: func(*args, **kwargs)
+        row = self._start.row
+        if row is None:
+            raise InvalidArguments(f"{self.task} is a model task: start a row of it, or submit its `fields`")
+        instance = definition.model._base_manager.using(row.using).get(pk=row.pk)
+        self._instance = instance
+        return instance.process
+
+    def complete(self, result: Any) -> None:
+        """Mark a model task's row as completed, unless the task has done so. Blocks on the database."""
+        if self._definition.model is not None and self._instance.completed_at is None:
+            self._instance.mark_completed_sync(result)
+
+    def call_sync(self, call: Callable[[], Any]) -> Any:
+        """Call a synchronous task, its generator included; return its result."""
+        result = call()
+        return self._drive(result) if inspect.isgenerator(result) else result
+
+    def _drive(self, generator: Generator[Any, Any, Any]) -> Any:
+        try:
+            while True:
+                self.emit(YIELD_EVENT, next(generator))
+        except StopIteration as stop:
+            return stop.value
+        finally:
+            generator.close()
+
+    async def call_async(self, call: Callable[[], Any]) -> Any:
+        """Call an asynchronous task, its generator included; return its result (None for a generator)."""
+        result = call()
+        if inspect.isasyncgen(result):
+            return await self._drive_async(result)
+        if inspect.isgenerator(result):
+            return self._drive(result)
+        return await result if isinstance(result, Awaitable) else result
+
+    async def _drive_async(self, generator: AsyncGenerator[Any, Any]) -> None:
+        try:
+            async for value in generator:
+                self.emit(YIELD_EVENT, value)
+                await (
+                    anyio.lowlevel.checkpoint()
+                )  # a generator that never waits must not keep a cancellation from arriving
+        finally:
+            with anyio.CancelScope(shield=True), anyio.move_on_after(5):
+                await generator.aclose()
+
+    # --- how it ended --------------------------------------------------------------------------------------
+
+    def returned(self, result: Any) -> Finished:
+        """The end after a return; a result that JSON cannot express is the task's failure."""
+        try:
+            rendered = render(result)
+        except (TypeError, ValueError) as error:
+            return self.raised(TypeError(f"the result of {self.task} cannot be stored: {error}"))
+        if len(rendered) > self._spec.result_limit:
+            limit = self._spec.result_limit
+            return self.raised(
+                ValueError(
+                    f"a result may have {limit} bytes of JSON (LIMITS.result_bytes), not {len(rendered)}"
+                )
+            )
+        return Finished(token=self.token, ending="returned", result=rendered)
+
+    def cancelled(self) -> Finished:
+        """The end after the task gave in to a cancellation."""
+        return Finished(token=self.token, ending="cancelled")
+
+    def raised(self, error: BaseException) -> Finished:
+        """The end after an exception, with what the task's `backoff` says about another attempt."""
+        return Finished(
+            token=self.token, ending="raised", failure=failure_of(error), retry_in=self._retry_in(error)
+        )
+
+    def _retry_in(self, error: BaseException) -> float | None:
+        if self._start.attempt >= self._start.max_attempts or not isinstance(error, Exception):
+            return None
+        if self._definition.backoff is None:
+            return min(2.0**self._start.attempt, _MAX_DEFAULT_BACKOFF)
+        wait = self._definition.backoff(error, self)
+        return None if wait is None else float(wait)
+
+
+def perform_sync(attempt: Attempt) -> Finished:
+    """Perform an attempt of a synchronous task in the calling thread; no event loop is started."""
+    current.speaker.set(attempt)
+    try:
+        result = attempt.call_sync(attempt.prepare())
+        attempt.complete(result)
+    except RunCancelled:
+        return attempt.cancelled()
+    except BaseException as error:
+        return conclude(attempt, error)
+    return attempt.returned(result)
+
+
+async def perform_async(attempt: Attempt, scope: anyio.CancelScope) -> Finished:
+    """Perform an attempt of an asynchronous task inside `scope`, whose cancellation ends it.
+
+    Django's database is asked in a thread: its guard refuses a synchronous query in asyncio's thread, and its
+    asynchronous spelling does not work under trio.
+    """
+    current.speaker.set(attempt)
+    try:
+        with scope:
+            call = await anyio.to_thread.run_sync(attempt.prepare)
+            result = await attempt.call_async(call)
+            await anyio.to_thread.run_sync(attempt.complete, result)
+    except BaseException as error:
+        return conclude(attempt, error)
+    return attempt.cancelled() if scope.cancelled_caught else attempt.returned(result)
+
+
+def conclude(attempt: Attempt, error: BaseException) -> Finished:
+    """Return the end after `error`, whatever the task's `backoff` does."""
+    try:
+        return attempt.raised(error)
+    except Exception as broken:  # the user's backoff raised: the attempt has failed all the same
+        return Finished(token=attempt.token, ending="raised", failure=failure_of(broken))

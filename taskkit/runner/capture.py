@@ -1,0 +1,122 @@
+"""What a task prints or logs, as lines on the output pipe.
+
+The pipe is descriptor 1 and 2 of the runner, so that C libraries and child processes land in it as they are. Lines
+written through Python carry a record header, which tells them apart:
+
+    RS o <token> US <text> LF        sys.stdout
+    RS e <token> US <text> LF        sys.stderr
+    RS l <token> US <json> LF        logging: {"level", "logger", "text"}
+    RS B <token> US LF               from here on, plain lines belong to this attempt
+    RS E <token> US LF               … up to here
+
+Any other line is what it is ("output": whether stdout or stderr is not known).
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import os
+import sys
+import threading
+from contextvars import ContextVar
+from typing import Final
+
+RS: Final = "\x1e"
+US: Final = "\x1f"
+
+#: Longest line kept together, characters; tqdm's bar, which never ends its line, is cut here.
+_MAX_LINE: Final = 8_192
+
+#: Token of the attempt whose code is running, for lines of shared pools.
+attempt_token: ContextVar[str] = ContextVar("bulkhead_attempt_token", default="")
+
+
+def _write(text: str) -> None:
+    data = text.encode("utf-8", "backslashreplace")
+    try:
+        while data:
+            data = data[os.write(1, data) :]
+    except OSError:
+        return  # user code closed descriptor 1: what it prints is lost, which is what it asked for
+
+
+class CapturedStream(io.TextIOBase):
+    """Stands for sys.stdout or sys.stderr: whole lines become records; `buffer` writes to the pipe as it is."""
+
+    def __init__(self, kind: str, name: str) -> None:
+        self._kind = kind
+        self._partial = ""
+        self._lock = threading.RLock()
+        self.name = name
+        self.buffer = open(1, "wb", buffering=0, closefd=False)
+
+    encoding = "utf-8"
+    errors = "backslashreplace"
+
+    def writable(self) -> bool:
+        return True
+
+    def fileno(self) -> int:
+        return 1
+
+    def write(self, text: str) -> int:
+        if not isinstance(text, str):
+            raise TypeError(f"write() takes str, not {type(text).__name__}")
+        with self._lock:
+            *lines, self._partial = (self._partial + text).split("\n")
+            while len(self._partial) > _MAX_LINE:
+                lines.append(self._partial[:_MAX_LINE])
+                self._partial = self._partial[_MAX_LINE:]
+            if lines:
+                self._records(lines)
+        return len(text)
+
+    def finish_line(self) -> None:
+        """Write out what has no line end yet."""
+        with self._lock:
+            if self._partial:
+                self._records([self._partial])
+                self._partial = ""
+
+    def _records(self, lines: list[str]) -> None:
+        head = f"{RS}{self._kind}{attempt_token.get()}{US}"
+        _write("".join(f"{head}{line[:_MAX_LINE]}\n" for line in lines))
+
+
+class CaptureHandler(logging.Handler):
+    """Turns log records into lines, whatever handlers the project has besides."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            text = self.format(record)
+        except Exception:
+            self.handleError(record)
+            return
+        line = json.dumps({"level": record.levelname, "logger": record.name, "text": text[:_MAX_LINE]})
+        _write(f"{RS}l{attempt_token.get()}{US}{line}\n")
+
+
+def install(output: int) -> None:
+    """Make `output` descriptors 1 and 2 of this process, and catch what Python writes."""
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    sys.stdout = CapturedStream("o", "<stdout>")
+    sys.stderr = CapturedStream("e", "<stderr>")
+    logging.getLogger().addHandler(CaptureHandler())
+
+
+def begin(token: str) -> None:
+    """Plain lines belong to this attempt from here on."""
+    attempt_token.set(token)
+    _write(f"\n{RS}B{token}{US}\n")
+
+
+def end(token: str) -> None:
+    """All lines of this attempt are in the pipe when this returns."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, CapturedStream):
+            stream.finish_line()
+    # The line break in front ends a plain line that has none; an empty line is dropped by the reader.
+    _write(f"\n{RS}E{token}{US}\n")

@@ -1,0 +1,157 @@
+"""The write end of the events pipe: whole frames in order, whatever interrupts the writer."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import threading
+import uuid
+from collections.abc import Callable, Iterator
+from typing import Final
+
+from taskkit import linux
+from taskkit.wire.codec import pack_runner_frame
+from taskkit.wire.framing import HEADER_SIZE, max_frame
+from taskkit.wire.messages import Event, Finished, Progress, RunnerMessage
+
+#: Bytes that an event's frame has beyond name and data: header, map keys, token. Measured 98; rounded up.
+_OVERHEAD: Final = HEADER_SIZE + 128
+
+#: Exit code of a runner that cannot write any more because user code closed its descriptors.
+LOST_DESCRIPTORS: Final = 71  # EX_OSERR of sysexits.h
+
+
+class Emitter:
+    """Writes frames to the gateway. Any thread may call; a forked child of user code may not.
+
+    A write blocks while the pipe is full: that is the back-pressure on the task. An exception that a signal handler
+    raises in the middle leaves the rest of the frame to the next call, which writes it first.
+
+    Args:
+      fd: write end, blocking.
+      pipe_size: its granted size in bytes.
+      blobs: descriptor of the directory for large values.
+    """
+
+    def __init__(self, fd: int, pipe_size: int, blobs: int) -> None:
+        self._fd = fd
+        self._blobs = blobs
+        self._pid = os.getpid()
+        self._lock = threading.Lock()
+        self._limit = max_frame(pipe_size)
+        self._room = pipe_size * 3 // 4
+        self._seq = 0
+        self._frame = b""
+        self._written: list[int] = []
+        self._held: Progress | None = None
+        self._owner = 0
+        self._after: Callable[[], None] | None = None
+
+    @property
+    def inline_limit(self) -> int:
+        """Largest JSON in bytes that fits a frame; a larger one goes to a blob."""
+        return self._limit - _OVERHEAD - 256
+
+    def send(self, message: RunnerMessage) -> None:
+        """Write `message`; when it returns, the kernel has all of it.
+
+        Raises:
+          RuntimeError: called in a forked child, or from a signal handler inside another call.
+          OSError: the descriptor is gone.
+        """
+        with self._locked():
+            self._flush()
+            if self._held is not None:
+                held, self._held = self._held, None
+                self._write(held)
+            self._write(message)
+
+    def send_progress(self, message: Progress) -> None:
+        """Write `message`, or keep only the newest one while the pipe is more than three quarters full."""
+        with self._locked():
+            if self._frame or linux.bytes_in_pipe(self._fd) > self._room:
+                self._held = message
+                return
+            self._held = None
+            self._write(message)
+
+    def blob(self, data: bytes) -> tuple[str, int, str]:
+        """Store a value too large for a frame; return (name, bytes, sha256 in hex). On disk when it returns."""
+        name = str(uuid.uuid4())
+        fd = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600, dir_fd=self._blobs)
+        try:
+            view = memoryview(data)
+            while view:
+                view = view[os.write(fd, view) :]
+            os.fsync(fd)
+        except BaseException:
+            os.unlink(name, dir_fd=self._blobs)
+            raise
+        finally:
+            os.close(fd)
+        os.fsync(self._blobs)
+        return name, len(data), hashlib.sha256(data).hexdigest()
+
+    def event(self, token: str, type: str, data: bytes) -> None:
+        """Write an event whose JSON is `data`."""
+        if len(data) + 4 * len(type) <= self.inline_limit:
+            self.send(Event(token=token, type=type, data=data))
+        else:
+            name, size, digest = self.blob(data)
+            self.send(Event(token=token, type=type, blob=name, size=size, sha256=digest))
+
+    def finished(self, message: Finished) -> None:
+        """Write the end of an attempt; a large result goes to a blob."""
+        if len(message.result) <= self.inline_limit // 2:
+            self.send(message)
+            return
+        name, size, digest = self.blob(message.result)
+        self.send(Finished(token=message.token, ending=message.ending, blob=name, size=size, sha256=digest))
+
+    def defer(self, action: Callable[[], None]) -> bool:
+        """Have `action` called when the call under way ends; return False when there is none.
+
+        For a signal handler that wants to raise: between a write and the record of it, or with the lock half
+        taken, an exception would tear the stream or leave the lock behind.
+        """
+        if not self._lock.locked():
+            return False
+        self._after = action
+        return True
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        if os.getpid() != self._pid:
+            raise RuntimeError(
+                "a child that a task has forked cannot speak for its run; speak from the task's process"
+            )
+        me = threading.get_ident()
+        if self._owner == me:
+            raise RuntimeError("emit() was called from a signal handler in the middle of another emit()")
+        try:
+            with self._lock:
+                self._owner = me
+                try:
+                    yield
+                finally:
+                    self._owner = 0
+        finally:
+            action, self._after = self._after, None
+            if action is not None:
+                action()
+
+    def _write(self, message: RunnerMessage) -> None:
+        frame = pack_runner_frame(message, self._seq + 1, self._limit)
+        self._seq += 1
+        self._written = []
+        self._frame = frame
+        self._flush()
+
+    def _flush(self) -> None:
+        # `list.extend(map(os.write, …))` runs in C from the system call to the list: an exception raised by a
+        # signal handler cannot come between a write and the record of how much it wrote.
+        while len(rest := memoryview(self._frame)[sum(self._written) :]):
+            self._written.extend(map(os.write, (self._fd,), (rest,)))
+        self._frame = b""
+        self._written = []

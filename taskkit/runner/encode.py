@@ -1,0 +1,85 @@
+"""Values to JSON, once, in the process that made them."""
+
+from __future__ import annotations
+
+import datetime as dt
+import traceback
+from collections.abc import Mapping
+from pathlib import Path, PurePath
+from types import TracebackType
+from typing import Any, Final
+
+import msgspec
+from django.utils.functional import Promise
+
+from taskkit.wire.messages import TaskFailure
+
+#: Longest message and traceback of a failure, characters: it has to fit a frame beside everything else.
+_MAX_MESSAGE: Final = 4_000
+_MAX_TRACEBACK: Final = 24_000
+
+_OURS: Final = str(Path(__file__).parent)
+
+
+def _foreign(value: Any) -> Any:
+    if isinstance(value, Promise | PurePath):
+        return str(value)
+    raise TypeError(
+        f"JSON cannot express {value!r:.100} of type {type(value).__module__}.{type(value).__qualname__}; "
+        "convert it first (for a model instance, send its pk and the fields that matter)"
+    )
+
+
+_encoder: Final = msgspec.json.Encoder(enc_hook=_foreign, decimal_format="string")
+
+
+def render(value: Any) -> bytes:
+    """Return `value` as one line of compact JSON. NaN and infinities become null, as JSON has none.
+
+    Raises:
+      TypeError: something in it JSON cannot express. The task's fault.
+      ValueError: it contains itself, or text that is no Unicode.
+    """
+    try:
+        return _encoder.encode(value)
+    except RecursionError:
+        raise ValueError("the value is nested too deeply for JSON, or contains itself") from None
+    except UnicodeEncodeError as error:
+        raise ValueError(f"the value holds text that UTF-8 cannot express: {error}") from None
+
+
+def render_event(data: Any, extras: Mapping[str, Any]) -> bytes:
+    """Return an event's data: the task's own object plus `extras`; what is no object becomes `{"value": data}`."""
+    own = data if isinstance(data, Mapping) else {} if data is None else {"value": data}
+    return render({**own, **extras, "_timestamp": dt.datetime.now(dt.UTC)})
+
+
+def class_path(cls: type) -> str:
+    """Return the dotted path of a class."""
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def _without_ours(trace: TracebackType | None) -> TracebackType | None:
+    while trace is not None and trace.tb_frame.f_code.co_filename.startswith(_OURS):
+        trace = trace.tb_next
+    return trace
+
+
+def failure_of(error: BaseException) -> TaskFailure:
+    """Return an exception as data; the traceback begins at the task's own code."""
+    text = "".join(
+        traceback.format_exception(type(error), error, _without_ours(error.__traceback__), limit=-60)
+    )
+    if len(text) > _MAX_TRACEBACK:
+        head, tail = text[: _MAX_TRACEBACK // 3], text[-_MAX_TRACEBACK * 2 // 3 :]
+        text = "\n".join((head, f"… {len(text) - _MAX_TRACEBACK} characters …", tail))
+    try:
+        message = str(error)
+    except Exception as broken:
+        message = f"<no message: {type(error).__qualname__}.__str__ raised {type(broken).__qualname__}>"
+    # A lone surrogate in a message must not keep the failure itself from being told.
+    return TaskFailure(
+        exception=class_path(type(error)),
+        message=message[:_MAX_MESSAGE].encode("utf-8", "replace").decode(),
+        traceback=text.encode("utf-8", "replace").decode(),
+    )

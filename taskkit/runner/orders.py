@@ -1,0 +1,121 @@
+"""The runner's end of the orders socket: what the gateway wants, with or without an event loop."""
+
+from __future__ import annotations
+
+import contextlib
+import select
+import signal
+import socket
+from collections import deque
+from collections.abc import Iterator
+from types import FrameType
+
+import anyio
+
+from taskkit import linux, seqpacket
+from taskkit.errors import RemoteWireError, RunCancelled
+from taskkit.runner.emitter import Emitter
+from taskkit.wire.codec import unpack
+from taskkit.wire.messages import Cancel, Create, Order, Retire, Start
+
+#: Announces input on the orders socket while a synchronous task runs. SIGIO is what the kernel uses for this, and
+#: ordinary programs leave it alone.
+_ORDER_SIGNAL = signal.SIGIO
+
+
+class Orders:
+    """Receives orders, oldest first.
+
+    An order to start an attempt that was ordered before is dropped: a new gateway repeats what the old one may not
+    have sent. A cancellation is remembered until its attempt starts.
+    """
+
+    def __init__(self, sock: socket.socket) -> None:
+        sock.setblocking(False)
+        self._sock = sock
+        self._waiting: deque[Start | Create] = deque()
+        self._seen: set[str] = set()
+        self._cancelled: set[str] = set()
+        self.retired = False
+        self.closed = False
+
+    def _pump(self) -> None:
+        """Take in everything that has arrived."""
+        while not self.closed:
+            try:
+                received = seqpacket.receive(self._sock)
+            except BlockingIOError:
+                return
+            except (OSError, RemoteWireError):
+                self.closed = True
+                return
+            if received is None:
+                self.closed = True
+                return
+            payload, fds = received
+            seqpacket.close_all(fds)
+            with contextlib.suppress(RemoteWireError):  # a gateway newer than this runner: not for us
+                self._sort(unpack(payload, Order))
+
+    def _sort(self, order: Order) -> None:
+        if isinstance(order, Start):
+            if order.token not in self._seen:
+                self._seen.add(order.token)
+                self._waiting.append(order)
+        elif isinstance(order, Create):
+            self._waiting.append(order)
+        elif isinstance(order, Cancel):
+            self._cancelled.add(order.token)
+        elif isinstance(order, Retire):
+            self.retired = True
+
+    def is_cancelled(self, token: str) -> bool:
+        """Whether the attempt is to stop, as far as has been received."""
+        return token in self._cancelled
+
+    def next_nowait(self) -> Start | Create | None:
+        """Return the next order that has arrived, or None."""
+        self._pump()
+        return self._waiting.popleft() if self._waiting else None
+
+    def next(self) -> Start | Create | None:
+        """Wait for the next order; None when the runner is to leave (retired, or nobody is left to give orders)."""
+        while True:
+            order = self.next_nowait()
+            if order is not None:
+                return order
+            if self.retired or self.closed:
+                return None
+            select.select([self._sock], [], [])
+
+    async def wait(self) -> None:
+        """Wait until something arrives, under any event loop."""
+        await anyio.wait_readable(self._sock)
+        self._pump()
+
+    @contextlib.contextmanager
+    def interrupting(self, token: str, emitter: Emitter) -> Iterator[None]:
+        """Raise RunCancelled in the main thread as soon as the attempt `token` is cancelled.
+
+        The kernel signals the socket's input, so no thread of ours runs beside user code. In the middle of an
+        emit, the exception waits for its end.
+        """
+
+        def look(number: int = 0, frame: FrameType | None = None) -> None:
+            self._pump()
+            if token not in self._cancelled or emitter.defer(_raise_order_signal):
+                return
+            signal.signal(_ORDER_SIGNAL, signal.SIG_IGN)  # once: cleaning up must not be interrupted
+            raise RunCancelled
+
+        signal.signal(_ORDER_SIGNAL, look)
+        try:
+            linux.signal_on_input(self._sock.fileno(), _ORDER_SIGNAL)
+            look()  # what came before the signal was armed
+            yield
+        finally:
+            signal.signal(_ORDER_SIGNAL, signal.SIG_IGN)
+
+
+def _raise_order_signal() -> None:
+    signal.raise_signal(_ORDER_SIGNAL)

@@ -1,0 +1,163 @@
+"""Small functions that the tests submit, one behaviour each."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import AsyncIterator, Iterator
+from typing import Any
+
+import anyio
+import anyio.lowlevel
+
+from taskkit import RunCancelled, current_run, emit, progress, task
+
+
+@task
+def echo(value: Any = None) -> Any:
+    """Return what came."""
+    return value
+
+
+@task
+def add(a: int, b: int) -> int:
+    """Return the sum of two integers."""
+    return a + b
+
+
+@task
+def boom(message: str = "boom") -> None:
+    """Raise."""
+    raise ValueError(message)
+
+
+@task
+def count(n: int, delay: float = 0.0) -> int:
+    """Emit `n` events, `delay` seconds before each."""
+    for step in range(1, n + 1):
+        time.sleep(delay)
+        emit("progress", {"step": step, "total": n})
+    return n
+
+
+@task
+def report(n: int) -> None:
+    """Call the `progress()` helper `n` times."""
+    for step in range(1, n + 1):
+        progress(step, n, f"step {step}")
+
+
+@task
+def sleepy(seconds: float) -> str:
+    """Sleep without a word, in a plain function."""
+    time.sleep(seconds)
+    return "slept"
+
+
+@task
+async def asleepy(seconds: float) -> str:
+    """Sleep without a word, in a coroutine."""
+    await anyio.sleep(seconds)
+    return "slept"
+
+
+@task
+def spin(seconds: float) -> int:
+    """Burn a core."""
+    end = time.monotonic() + seconds
+    turns = 0
+    while time.monotonic() < end:
+        turns += 1
+    return turns
+
+
+@task
+def gen(n: int) -> Iterator[dict[str, int]]:
+    """Yield `n` events."""
+    for step in range(1, n + 1):
+        yield {"step": step}
+
+
+@task
+async def agen(n: int) -> AsyncIterator[dict[str, int]]:
+    """Yield `n` events asynchronously."""
+    for step in range(1, n + 1):
+        await anyio.lowlevel.checkpoint()
+        yield {"step": step}
+
+
+@task
+def patient(seconds: float = 60.0) -> None:
+    """Say `ready`, wait; clean up with an event when cancelled."""
+    emit("ready")
+    try:
+        time.sleep(seconds)
+    except RunCancelled:
+        emit("cleaned_up")
+        raise
+
+
+@task
+async def apatient(seconds: float = 60.0) -> None:
+    """Say `ready`, wait; clean up with an event when cancelled."""
+    emit("ready")
+    try:
+        await anyio.sleep(seconds)
+    except anyio.get_cancelled_exc_class():
+        emit("cleaned_up")
+        raise
+
+
+@task
+def stubborn(seconds: float = 60.0) -> None:
+    """Ignore every polite way of being told to stop."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    emit("ready")
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        try:
+            time.sleep(max(0.0, end - time.monotonic()))
+        except RunCancelled:
+            emit("ignored")
+
+
+def _at_once(exception: BaseException, task_result: Any) -> float:
+    return 0.0
+
+
+@task(max_attempts=3, backoff=_at_once)
+def flaky(succeed_on: int) -> int:
+    """Raise in every attempt before number `succeed_on`."""
+    attempt = current_run().attempt
+    if attempt < succeed_on:
+        raise RuntimeError(f"attempt {attempt} fails")
+    return attempt
+
+
+@task
+def whoami() -> dict[str, Any]:
+    """Return the run as its own task sees it, plus its process."""
+    run = current_run()
+    return {
+        "id": run.id,
+        "attempt": run.attempt,
+        "task": run.task,
+        "metadata": run.metadata,
+        "pid": os.getpid(),
+        "ppid": os.getppid(),
+    }
+
+
+@task
+def chatty(lines: int = 3) -> None:
+    """Print to stdout."""
+    for number in range(1, lines + 1):
+        print(f"line {number}")
+
+
+@task
+def die(number: int = signal.SIGKILL) -> None:
+    """Send this process a signal."""
+    emit("ready")
+    os.kill(os.getpid(), number)

@@ -1,0 +1,60 @@
+"""`manage.py check` says what would stop the tree."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from django.core.checks import run_checks
+from django.core.exceptions import ImproperlyConfigured
+from django.test import override_settings
+
+pytestmark = pytest.mark.usefixtures("django_project")
+
+
+def _found(**taskkit: Any) -> list[tuple[str, str]]:
+    with override_settings(TASKKIT=taskkit):
+        return [(str(message.id), message.msg) for message in run_checks(tags=["taskkit"])]
+
+
+def test_the_tests_project_is_clean() -> None:
+    assert _found() == []
+
+
+def test_a_wrong_setting_is_e001_with_key_and_value() -> None:
+    [(id_, message)] = _found(BIND="nonsense")
+    assert id_ == "taskkit.E001"
+    assert "BIND" in message
+    assert "nonsense" in message
+
+
+def test_a_relative_state_directory_is_w001() -> None:
+    [(id_, message)] = _found(STATE_DIR="state")
+    assert id_ == "taskkit.W001"
+    assert "'state'" in message
+
+
+def test_a_task_model_without_process_is_e002(monkeypatch: pytest.MonkeyPatch) -> None:
+    from tests.project.models import BadRow
+
+    monkeypatch.delattr(BadRow, "process")
+    [(id_, message)] = _found()
+    assert id_ == "taskkit.E002"
+    assert "proj.BadRow" in message
+
+
+def test_two_tasks_of_one_name_are_e003(monkeypatch: pytest.MonkeyPatch) -> None:
+    from taskkit import registry
+
+    def load() -> None:
+        raise registry.DuplicateTask("two tasks are named 'proj.echo'")
+
+    monkeypatch.setattr(registry, "load", load)
+    assert issubclass(registry.DuplicateTask, ImproperlyConfigured)
+    assert _found() == [("taskkit.E003", "two tasks are named 'proj.echo'")]
+
+
+def test_models_and_migrations_agree() -> None:
+    from django.core.management import call_command
+
+    call_command("makemigrations", "taskkit", check=True, dry_run=True, verbosity=0)
