@@ -1,0 +1,43 @@
+"""The ASGI application: every route behind its guards."""
+
+from __future__ import annotations
+
+from starlette.applications import Starlette
+from starlette.middleware.cors import CORSMiddleware
+from starlette.types import ASGIApp
+
+from gateway.api import Api
+from gateway.auth import Authenticator, HostGuard
+from gateway.face import Engine
+from gateway.problems import exception_handlers
+from gateway.reading import Refusal, on_refusal
+from gateway.seed import SeedRoutes
+
+
+def build_app(engine: Engine, authenticator: Authenticator) -> ASGIApp:
+    """Return the application that serves `engine`.
+
+    The guards are plain ASGI: Starlette's BaseHTTPMiddleware puts a queue into every response, which hides a
+    client's leaving from a stream.
+    """
+    routes = [*Api(engine, authenticator).routes(), *SeedRoutes(engine, authenticator).routes()]
+    inner = Starlette(routes=routes, exception_handlers={**exception_handlers, Refusal: on_refusal})
+    # A path with a slash too many is unknown, like any other; a redirect is one more shape for clients to
+    # handle.
+    inner.router.redirect_slashes = False
+    app: ASGIApp = inner
+    if engine.settings.cors_origins:
+        app = _with_cors(app, engine.settings.cors_origins)
+    return HostGuard(app, authenticator.allowed_hosts)
+
+
+def _with_cors(app: ASGIApp, origins: list[str]) -> ASGIApp:
+    return CORSMiddleware(
+        app,
+        allow_origins=origins,
+        # Cookies and a wildcard do not go together (WHATWG Fetch, CORS protocol).
+        allow_credentials="*" not in origins,
+        allow_methods=["GET", "HEAD", "POST"],
+        allow_headers=["Authorization", "Content-Type", "Idempotency-Key", "Last-Event-ID", "Prefer"],
+        expose_headers=["Location", "Retry-After", "Idempotency-Replayed", "Preference-Applied"],
+    )

@@ -1,0 +1,632 @@
+"""The gateway's memory of open runs, where every decision about them is made. Pure: plans, does no I/O.
+
+One round of the engine calls these methods in one synchronous stretch. They change the book, write down in `batch`
+what the store has to commit, and in `after` what may be done once it has. Nobody else changes a run's state.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import msgspec
+
+from gateway.dispatch import Queues, Seat, choose, pools_of
+from gateway.output import Line
+from gateway.store.rows import AttemptRow, Batch, EventRow, KeyRow, Opened, OutputRow, RunRow
+from gateway.submission import Submission
+from taskkit.errors import LifecycleError
+from taskkit.identifiers import new_run_id, new_token
+from taskkit.lifecycle import Ending, RunEvent, RunStatus, next_run_status, verdict
+from taskkit.settings import Settings
+from taskkit.wire.messages import (
+    Assigned,
+    Cancel,
+    Cause,
+    Created,
+    Deadline,
+    Disarm,
+    Event,
+    Finished,
+    Hello,
+    Kill,
+    Message,
+    Order,
+    Progress,
+    Retire,
+    Row,
+    RunnerMessage,
+    RunnerSpec,
+    Start,
+    Started,
+    TaskFailure,
+)
+from taskkit.wire.session import AttemptState, Judgement, RunnerSession
+
+#: Largest result repeated in `stream.end`; a larger one is fetched from the run's `result`.
+_RESULT_IN_STREAM: Final = 64 * 1024
+
+#: How a runner's death ends the attempt that was open on it; what is not listed is the task's own crash.
+_ENDINGS: Final = {
+    "timeout": Ending.TIMED_OUT,
+    "cancelled": Ending.CANCELLED,
+    "stopped": Ending.LOST,
+    "operator": Ending.LOST,
+    "boot": Ending.LOST,
+    "lost": Ending.LOST,
+}
+
+
+@dataclass(slots=True)
+class OpenAttempt:
+    """An attempt that has not ended. `stopping`: the tree stops, so its end is nobody's fault."""
+
+    row: AttemptRow
+    run: RunRow
+    stopping: bool = False
+
+
+@dataclass(slots=True)
+class RunnerState:
+    """What the gateway knows of one runner.
+
+    Attributes:
+      given: runs it has been given.
+      retiring: it gets no further run.
+      exited: its cause of death.
+      corrupt: what was wrong with its events pipe; nothing behind that is read.
+      adopted: it was there before this gateway: its pipe may begin inside a frame.
+    """
+
+    spec: RunnerSpec
+    pid: int
+    started_at: float
+    session: RunnerSession
+    adopted: bool = False
+    tokens: set[str] = field(default_factory=set)
+    given: int = 0
+    runs_done: int = 0
+    last_ending: str | None = None
+    retiring: bool = False
+    exited: Cause | None = None
+    corrupt: str = ""
+
+    @property
+    def seat(self) -> Seat:
+        """What dispatch has to know."""
+        usable = not self.retiring and self.exited is None and self.session.seq > 0
+        left = self.spec.runs - self.given if usable else 0
+        return Seat(self.spec.id, len(self.tokens), self.spec.concurrency, left)
+
+
+@dataclass(slots=True)
+class After:
+    """What is done once the batch is committed, in this order.
+
+    Attributes:
+      control: messages to the supervisor.
+      orders: orders by runner.
+      created: answers of intake runners.
+      ended: numbers of runs that have ended.
+      drained: runners that have nothing left to say.
+    """
+
+    control: list[Message] = field(default_factory=list)
+    orders: list[tuple[str, Order]] = field(default_factory=list)
+    created: list[Created] = field(default_factory=list)
+    accepted: list[int] = field(default_factory=list)
+    ended: list[int] = field(default_factory=list)
+    drained: list[str] = field(default_factory=list)
+
+
+class Book:
+    """The gateway's memory."""
+
+    def __init__(self, settings: Settings, opened: Opened, adopting: Iterable[str], now: float) -> None:
+        self._settings = settings
+        self._limits = {name: pool.size for name, pool in settings.all_pools.items()}
+        self._next_no = opened.next_no
+        self._next_pos = opened.next_pos
+        self._sources = dict(opened.sources)
+        self.runs: dict[int, RunRow] = {}
+        self.attempts: dict[str, OpenAttempt] = {}
+        self.runners: dict[str, RunnerState] = {}
+        self.untold: OrderedDict[int, RunRow] = OrderedDict()
+        self.queues = Queues()
+        self.batch = Batch()
+        self.after = After()
+        self.draining = False
+        self._by_id: dict[str, int] = {}
+        self._by_key: dict[str, int] = {}
+        self._keys: OrderedDict[tuple[str, str], KeyRow] = OrderedDict()
+        self._load(opened, set(adopting), now)
+
+    def _load(self, opened: Opened, adopting: set[str], now: float) -> None:
+        for run in opened.runs.values():
+            if run.version > run.told:
+                self.untold[run.no] = run
+            if not run.status.is_terminal:
+                self._remember(run)
+        for row in opened.attempts:
+            attempt = OpenAttempt(row, self.runs[row.run])
+            self.attempts[row.token] = attempt
+        for attempt in list(self.attempts.values()):
+            if attempt.row.runner not in adopting:
+                cause = Cause(kind="lost", detail="the supervisor of this run went away")
+                self._runner_lost_attempt(attempt, cause, now)
+        assigned = {attempt.run.no for attempt in self.attempts.values()}
+        for run in self.runs.values():
+            if run.status is RunStatus.READY and run.no not in assigned:
+                self.queues.add(run, now)
+        for runner in self._sources.keys() - adopting:
+            self.batch.forgotten.append(runner)
+
+    def _remember(self, run: RunRow) -> None:
+        self.runs[run.no] = run
+        self._by_id[run.id] = run.no
+        if run.row_key is not None:
+            self._by_key[run.row_key] = run.no
+
+    def _forget(self, run: RunRow) -> None:
+        self.runs.pop(run.no, None)
+        self._by_id.pop(run.id, None)
+        if run.row_key is not None and self._by_key.get(run.row_key) == run.no:
+            del self._by_key[run.row_key]
+        self.queues.remove(run.no)
+
+    # --- submissions ---------------------------------------------------------------------------------------
+
+    def find(self, id: str) -> RunRow | None:
+        """Return an open run by its public id."""
+        no = self._by_id.get(id)
+        return None if no is None else self.runs[no]
+
+    def find_row(self, row_key: str) -> RunRow | None:
+        """Return the open run of a task row."""
+        no = self._by_key.get(row_key)
+        return None if no is None else self.runs[no]
+
+    def find_key(self, subject: str, key: str) -> KeyRow | None:
+        """Return a recently used idempotency key; older ones are in the store."""
+        return self._keys.get((subject, key))
+
+    def accept(self, submission: Submission, now: float) -> RunRow:
+        """Make a run of a submission that is known to be new."""
+        row = submission.row
+        run = RunRow(
+            no=self._next_no,
+            id=submission.id,
+            task=submission.task.name,
+            args=submission.args,
+            kwargs=submission.kwargs,
+            row=None if row is None else msgspec.json.encode(row),
+            row_key=None if row is None else row.key,
+            pool=submission.pool,
+            priority=submission.priority,
+            run_after=submission.run_after,
+            timeout=submission.timeout,
+            max_attempts=submission.max_attempts,
+            on_lost=submission.task.on_lost,
+            metadata=submission.metadata,
+            tags=submission.tags,
+            subject=submission.subject,
+            origin=submission.origin,
+            using=submission.using,
+            created_at=now,
+        )
+        self._next_no += 1
+        self._remember(run)
+        self.queues.add(run, now)
+        self.untold[run.no] = run
+        self.batch.runs.append(run)
+        self.batch.full = True
+        self.after.accepted.append(run.no)
+        if submission.key is not None:
+            self._use_key(KeyRow(submission.subject, submission.key, submission.digest, run.id, now))
+        return run
+
+    def _use_key(self, key: KeyRow) -> None:
+        self.batch.keys.append(key)
+        self._keys[key.subject, key.key] = key
+        while len(self._keys) > 10_000:  # by then it is in the store for long
+            self._keys.popitem(last=False)
+
+    # --- runners -------------------------------------------------------------------------------------------
+
+    def runner_up(self, spec: RunnerSpec, pid: int, started_at: float, *, adopted: bool) -> RunnerState:
+        """A runner exists; what was ordered from it before this gateway's time is ordered again."""
+        session = RunnerSession(self._sources.get(spec.id, 0))
+        runner = self.runners[spec.id] = RunnerState(spec, pid, started_at, session, adopted)
+        for attempt in self.attempts.values():
+            if attempt.row.runner == spec.id:
+                self._adopt(runner, attempt)
+        if self.draining:  # born while the tree began to stop: nobody else would send it home
+            runner.retiring = True
+            self.after.orders.append((spec.id, Retire()))
+        return runner
+
+    def _adopt(self, runner: RunnerState, attempt: OpenAttempt) -> None:
+        row, run = attempt.row, attempt.run
+        runner.tokens.add(row.token)
+        runner.given += 1
+        started = row.started_at is not None
+        runner.session.expect(row.token, AttemptState.STARTED if started else AttemptState.ORDERED)
+        runner.retiring = runner.given >= runner.spec.runs
+        self.after.control.append(Assigned(runner=runner.spec.id, last=runner.retiring))
+        if not started:
+            self._order_start(runner, run, row)
+        if run.cancelling:
+            self._order_cancel(row, self._settings.limits.cancel_grace_seconds, "cancelled")
+
+    def runner_exited(self, id: str, cause: Cause) -> None:
+        """A runner has died; its pipe is read to the end before its attempts are judged."""
+        runner = self.runners.get(id)
+        if runner is not None:
+            runner.exited = cause
+
+    def runner_corrupt(self, id: str, error: Exception) -> None:
+        """A runner has broken the protocol: nothing more of it is believed, and it has to die."""
+        runner = self.runners[id]
+        runner.corrupt = f"the task wrote bytes of its own into its runner's events pipe ({error})"
+        runner.session.close()
+        runner.retiring = True
+        self.after.control.append(Kill(runner=id, kind="corrupt", detail=runner.corrupt))
+
+    def runner_drained(self, id: str, now: float) -> None:
+        """A dead runner's pipe holds no further frame: whatever is open on it has ended by its death."""
+        runner = self.runners.pop(id)
+        assert runner.exited is not None
+        cause = runner.exited
+        if runner.corrupt:  # it may have left by itself before the kill came
+            cause = msgspec.structs.replace(cause, kind="corrupt", detail=runner.corrupt)
+        for token in list(runner.tokens):
+            self._runner_lost_attempt(self.attempts[token], cause, now)
+        self._sources.pop(id, None)
+        self.batch.sources.pop(id, None)
+        self.batch.forgotten.append(id)
+        self.after.drained.append(id)
+
+    def _runner_lost_attempt(self, attempt: OpenAttempt, cause: Cause, now: float) -> None:
+        ending = _ENDINGS.get(cause.kind, Ending.CRASHED)
+        if attempt.row.started_at is None:
+            self._never_started(attempt, cause, now)
+        else:
+            self._end_attempt(attempt, ending, now, cause=cause)
+
+    def _never_started(self, attempt: OpenAttempt, cause: Cause, now: float) -> None:
+        """The runner died before it said `Started`: the attempt did not happen and is not counted."""
+        self._close_attempt(attempt, Ending.LOST, now, cause=cause)
+        run = attempt.run
+        if run.cancelling:
+            self._end_run(run, RunEvent.CANCEL, now, error=_error_of(Ending.CANCELLED, None, None))
+        else:
+            self.queues.add(run, now)
+
+    # --- dispatch ------------------------------------------------------------------------------------------
+
+    def claim(self, now: float) -> None:
+        """Give waiting runs to free runners."""
+        if self.draining:
+            return
+        for pool in pools_of(self._limits, self.queues, now):
+            limit = self._limits[pool]
+            while (chosen := choose(self._seats(pool), limit)) is not None:
+                run = self.queues.take(pool, now)
+                if run is None:
+                    break
+                self._assign(self.runners[chosen], run, now)
+
+    def _seats(self, pool: str) -> Iterable[Seat]:
+        return (runner.seat for runner in self.runners.values() if runner.spec.pool == pool)
+
+    def _assign(self, runner: RunnerState, run: RunRow, now: float) -> None:
+        row = AttemptRow(
+            run=run.no,
+            number=run.attempt + 1,
+            runner=runner.spec.id,
+            pid=runner.pid,
+            token=new_token(),
+            assigned_at=now,
+        )
+        self.attempts[row.token] = OpenAttempt(row, run)
+        runner.tokens.add(row.token)
+        runner.given += 1
+        runner.retiring = runner.given >= runner.spec.runs
+        runner.session.expect(row.token)
+        self.batch.attempts.append(row)
+        self.batch.full = True
+        self.after.control.append(Assigned(runner=runner.spec.id, last=runner.retiring))
+        self._order_start(runner, run, row)
+
+    def _order_start(self, runner: RunnerState, run: RunRow, row: AttemptRow) -> None:
+        timeout = run.timeout
+        if timeout is not None:
+            grace = self._settings.limits.kill_grace_seconds
+            self.after.control.append(
+                Deadline(runner=row.runner, token=row.token, kind="timeout", after=timeout, grace=grace)
+            )
+        start = Start(
+            run=run.id,
+            attempt=row.number,
+            token=row.token,
+            task=run.task,
+            args=msgspec.json.decode(run.args),
+            kwargs=msgspec.json.decode(run.kwargs),
+            row=None if run.row is None else msgspec.json.decode(run.row, type=Row),
+            max_attempts=run.max_attempts,
+            metadata=msgspec.json.decode(run.metadata),
+            memory_limit=self._memory_limit(run),
+        )
+        self.after.orders.append((runner.spec.id, start))
+
+    def _memory_limit(self, run: RunRow) -> int | None:
+        return self.memory_limits.get(run.task)
+
+    #: Memory limit in bytes by task name; the engine fills it from the catalogue.
+    memory_limits: Mapping[str, int] = {}
+
+    # --- what runners say ----------------------------------------------------------------------------------
+
+    def frame(self, runner: RunnerState, seq: int, message: RunnerMessage, now: float) -> None:
+        """Act on one frame of a runner.
+
+        Raises:
+          UnexpectedMessage: it breaks the protocol; the caller ends the runner as corrupt.
+        """
+        judgement = runner.session.receive(seq, message)
+        if judgement is Judgement.DUPLICATE:
+            return
+        # A stray's number counts as well: after a takeover the next frame must not look like a hole.
+        self._sources[runner.spec.id] = self.batch.sources[runner.spec.id] = seq
+        if judgement is Judgement.STRAY:
+            return
+        if isinstance(message, Event):
+            self._event(message.token, message.type, message.data, now, message.blob)
+        elif isinstance(message, Progress):
+            attempt = self._event(message.token, "run.progress", message.data, now)
+            attempt.run.progress = message.data
+        elif isinstance(message, Started):
+            self._started(message, now)
+        elif isinstance(message, Finished):
+            self._finished(message, now)
+        elif isinstance(message, Created):
+            runner.runs_done += 1
+            self.after.created.append(message)
+        else:
+            assert isinstance(message, Hello)
+
+    def _event(self, token: str, type: str, data: bytes, now: float, blob: str | None = None) -> OpenAttempt:
+        attempt = self.attempts[token]
+        self._append(attempt.run, attempt.row.number, type, data, now, blob)
+        return attempt
+
+    def _append(
+        self, run: RunRow, attempt: int, type: str, data: bytes, now: float, blob: str | None = None
+    ) -> None:
+        run.tail += 1
+        self.batch.events.append(EventRow(self._next_pos, run.no, run.tail, attempt, type, data, now, blob))
+        self.batch.changed[run.no] = run
+        self._next_pos += 1
+
+    def _say(self, run: RunRow, type: str, now: float, **data: Any) -> None:
+        """Append an event of the gateway's own."""
+        body = {**data, "_run": run.id, "_attempt": run.attempt, "_timestamp": _rfc3339(now)}
+        self._append(run, run.attempt, type, msgspec.json.encode(body), now)
+
+    def output(self, token: str, lines: Iterable[Line], now: float) -> None:
+        """Keep what an attempt printed; lines of an attempt that is not open are dropped."""
+        attempt = self.attempts.get(token)
+        if attempt is None:
+            return
+        run = attempt.run
+        for line in lines:
+            run.lines += 1
+            self.batch.outputs.append(
+                OutputRow(
+                    run.no,
+                    run.lines,
+                    run.tail,
+                    attempt.row.number,
+                    line.stream,
+                    line.text,
+                    now,
+                    line.level,
+                    line.logger,
+                )
+            )
+        self.batch.changed[run.no] = run
+
+    def _started(self, message: Started, now: float) -> None:
+        attempt = self.attempts[message.token]
+        run, row = attempt.run, attempt.row
+        row.started_at = now
+        run.status = next_run_status(run.status, RunEvent.START)
+        run.attempt = row.number
+        run.counted += 1
+        run.started_at = run.started_at or now
+        self.batch.changed_attempts.append(row)
+        self._say(run, "run.started", now, attempt=row.number, runner=row.runner, pid=row.pid)
+        self._changed(run)
+
+    def _finished(self, message: Finished, now: float) -> None:
+        attempt = self.attempts[message.token]
+        ending = Ending(message.ending) if message.ending in Ending.__members__.values() else Ending.RAISED
+        if attempt.stopping and ending is not Ending.RETURNED:
+            ending = Ending.LOST
+        self._end_attempt(attempt, ending, now, finished=message)
+
+    # --- endings -------------------------------------------------------------------------------------------
+
+    def _close_attempt(
+        self,
+        attempt: OpenAttempt,
+        ending: Ending,
+        now: float,
+        *,
+        cause: Cause | None = None,
+        failure: TaskFailure | None = None,
+    ) -> None:
+        row = attempt.row
+        row.ended_at, row.ending = now, ending.value
+        row.cause = None if cause is None else msgspec.json.encode(cause)
+        row.failure = None if failure is None else msgspec.json.encode(failure)
+        self.batch.changed_attempts.append(row)
+        del self.attempts[row.token]
+        runner = self.runners.get(row.runner)
+        if runner is not None:
+            runner.tokens.discard(row.token)
+            runner.session.forget(row.token)
+            runner.runs_done += 1
+            runner.last_ending = ending.value
+        self.after.control.append(Disarm(runner=row.runner, token=row.token))
+
+    def _end_attempt(
+        self,
+        attempt: OpenAttempt,
+        ending: Ending,
+        now: float,
+        *,
+        cause: Cause | None = None,
+        finished: Finished | None = None,
+    ) -> None:
+        failure = finished.failure if finished else None
+        if attempt.stopping and ending is Ending.CANCELLED and not attempt.run.cancelling:
+            ending = Ending.LOST
+        self._close_attempt(attempt, ending, now, cause=cause, failure=failure)
+        run = attempt.run
+        if ending is Ending.LOST:
+            run.counted -= 1
+        decision = verdict(
+            ending,
+            attempts=max(run.counted, 1),
+            max_attempts=run.max_attempts,
+            on_lost=run.on_lost,
+            cancelling=run.cancelling,
+            retry_in=finished.retry_in if finished else None,
+        )
+        error = None if ending is Ending.RETURNED else _error_of(ending, cause, failure)
+        if decision.event in (RunEvent.RETRY, RunEvent.PUT_BACK):
+            self._again(run, decision.event, decision.delay, ending, error, now)
+            return
+        if finished is not None and decision.event is RunEvent.SUCCEED:
+            run.result, run.result_blob = (
+                (finished.result, None) if finished.blob is None else (None, finished.blob)
+            )
+        self._end_run(run, decision.event, now, error=error)
+
+    def _again(
+        self, run: RunRow, event: RunEvent, delay: float, ending: Ending, error: Any, now: float
+    ) -> None:
+        run.status = next_run_status(run.status, event)
+        run.run_after = now + delay if delay else None
+        self._say(
+            run, "run.retrying", now, attempt=run.attempt, ending=ending.value, delay=delay, error=error
+        )
+        self._changed(run)
+        self.queues.add(run, now)
+
+    def _end_run(self, run: RunRow, event: RunEvent, now: float, *, error: dict[str, Any] | None) -> None:
+        run.status = next_run_status(run.status, event)
+        run.finished_at = now
+        body: dict[str, Any] = {"status": run.status.value}
+        if run.status is RunStatus.SUCCESSFUL:
+            if run.result is not None and len(run.result) <= _RESULT_IN_STREAM:
+                body["result"] = msgspec.Raw(run.result)
+        elif error is not None:
+            run.error = msgspec.json.encode(error)
+            body["error"] = error
+            if run.row is not None and error.get("exception"):
+                seen = {"message": error["message"], "error_type": error["exception"].rpartition(".")[2]}
+                # The seed's clients listen for `error`; browsers raise an event of that name themselves.
+                self._say(run, "error", now, **seen)
+                self._say(run, "task_error", now, **seen)
+        self._say(run, "stream.end", now, **body)
+        self.batch.ends.append(run.no)
+        self._changed(run)
+        self.after.ended.append(run.no)
+        self._forget(run)
+
+    def _changed(self, run: RunRow) -> None:
+        run.version += 1
+        self.batch.changed[run.no] = run
+        self.batch.full = True
+        self.untold[run.no] = run
+        self.untold.move_to_end(run.no)
+
+    # --- cancelling and stopping ---------------------------------------------------------------------------
+
+    def cancel(self, run: RunRow, grace: float, now: float) -> None:
+        """Somebody wants the run to stop. A waiting run has ended when this returns.
+
+        Raises:
+          LifecycleError: it has ended already.
+        """
+        if run.no not in self.runs:
+            raise LifecycleError(f"run {run.id} has ended: {run.status.value}")
+        attempt = next((a for a in self.attempts.values() if a.run is run), None)
+        if attempt is None:
+            self._end_run(run, RunEvent.CANCEL, now, error=_error_of(Ending.CANCELLED, None, None))
+            return
+        if not run.cancelling:
+            run.cancelling = True
+            self._say(run, "run.cancelling", now, grace=grace)
+            self._changed(run)
+        self._order_cancel(attempt.row, grace, "cancelled")
+
+    def _order_cancel(self, row: AttemptRow, grace: float, reason: str) -> None:
+        kill = self._settings.limits.kill_grace_seconds
+        self.after.control.append(
+            Deadline(runner=row.runner, token=row.token, kind="cancelled", after=grace, grace=kill)
+        )
+        self.after.orders.append((row.runner, Cancel(token=row.token, reason=reason)))
+
+    def drain(self) -> None:
+        """The tree stops: claim nothing, ask open attempts to stop, send idle runners home."""
+        self.draining = True
+        for attempt in self.attempts.values():
+            attempt.stopping = True
+            self.after.orders.append((attempt.row.runner, Cancel(token=attempt.row.token, reason="stopping")))
+        for runner in self.runners.values():
+            runner.retiring = True
+            self.after.orders.append((runner.spec.id, Retire()))
+
+    def told(self, id: str, no: int, version: int) -> None:
+        """Django has version `version` of a run."""
+        run = self.untold.get(no)
+        if run is None or run.id != id:
+            return
+        run.told = max(run.told, version)
+        self.batch.told[no] = run.told
+        if run.told >= run.version:
+            del self.untold[no]
+
+    # --- rounds --------------------------------------------------------------------------------------------
+
+    def take(self) -> tuple[Batch, After]:
+        """Return what this round has planned, and begin the next plan."""
+        planned = self.batch, self.after
+        self.batch, self.after = Batch(), After()
+        return planned
+
+    def new_id(self) -> str:
+        """Return an id for a run."""
+        return new_run_id()
+
+
+def _rfc3339(at: float) -> str:
+    return dt.datetime.fromtimestamp(at, dt.UTC).isoformat().replace("+00:00", "Z")
+
+
+def _error_of(ending: Ending, cause: Cause | None, failure: TaskFailure | None) -> dict[str, Any]:
+    """Return the public form of an attempt's bad end: `{code, message, exception?, traceback?, cause?}`."""
+    error: dict[str, Any] = {"code": ending.value, "message": ""}
+    if failure is not None:
+        error |= {"message": failure.message, "exception": failure.exception, "traceback": failure.traceback}
+    if cause is not None:
+        error["cause"] = msgspec.to_builtins(cause)
+        error["message"] = error["message"] or cause.detail
+    error["message"] = error["message"] or error.get("exception", ending.value)
+    return error

@@ -1,0 +1,541 @@
+"""The gateway's heart: one round after another of look, decide, commit, act.
+
+A round takes in whatever has come (frames of all runners, requests, exits, answers), lets the book decide in one
+synchronous stretch, commits everything in one transaction, and only then consumes the pipes, tells clients, and
+sends orders. So what a client has seen is in the store, and what is not in the store is still in a pipe.
+
+When the store cannot be written, the round waits: pipes fill, tasks block, requests get 503, nothing is dropped. It
+goes on by itself when the disk does.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import trio
+
+from gateway.book import After, Book, RunnerState
+from gateway.fanout import Hub
+from gateway.ingest import Poller, RunnerPipes, Scratch
+from gateway.intake import Intake
+from gateway.link import CourierLink
+from gateway.store.protocol import Store, StoreError
+from gateway.store.reads import read_blob
+from gateway.store.rows import Batch, EventRow, RunRow
+from gateway.submission import Catalogue, Submission
+from taskkit.errors import IdempotencyConflict, LifecycleError, NotWritable, QueueFull, RemoteWireError
+from taskkit.lifecycle import RunStatus
+from taskkit.settings import Settings
+from taskkit.wire.codec import unpack_runner_frame
+from taskkit.wire.framing import Frame
+from taskkit.wire.messages import Answer, Drained, Finished, Message, Row, RunnerUp, TaskInfo
+
+logger = logging.getLogger("bulkhead.gateway")
+
+#: Seconds a request waits for its commit before it gets 503. A commit takes a millisecond; 5 s is a disk in trouble.
+_ANSWER_SECONDS: Final = 5.0
+
+#: Seconds to wait after a commit that failed, first and longest.
+_RETRY: Final = (0.1, 2.0)
+
+#: Seconds that a pipe rests when a round found no whole frame in it, first and longest: it stays readable, and
+#: asking again at once would burn a core (SUPERVISION §2, level-triggered trap).
+_REST: Final = (0.005, 0.05)
+
+#: Seconds between rounds that only wait for time to pass, at most.
+_LONGEST_SLEEP: Final = 3600.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunnerView:
+    """One runner as `/api/v1/runners` shows it. `state`: "IDLE", "BUSY", "RETIRING" or "EXITED"."""
+
+    id: str
+    pid: int
+    pool: str
+    role: str
+    state: str
+    runs: tuple[str, ...]
+    started_at: float
+    runs_done: int
+    last_ending: str | None
+
+
+class _Request:
+    """Something a task of the gateway wants decided in the next round, and when it is committed."""
+
+    def __init__(self, decide: Callable[[], Any]) -> None:
+        self._decide = decide
+        self._value: Any = None
+        self._error: Exception | None = None
+        self.done = trio.Event()
+
+    def decide(self) -> None:
+        """Ask the book; an error is the caller's to hear, at once."""
+        try:
+            self._value = self._decide()
+        except Exception as error:
+            self._error = error
+
+    def settle(self) -> None:
+        """The round is committed."""
+        self.done.set()
+
+    @property
+    def result(self) -> Any:
+        """What was decided."""
+        if self._error is not None:
+            raise self._error
+        return self._value
+
+
+class Engine:
+    """Everything the gateway decides. One task runs `run`; any task may call the rest.
+
+    Args:
+      control: sends to the supervisor; never waits.
+    """
+
+    def __init__(
+        self,
+        *,
+        store: Store,
+        book: Book,
+        hub: Hub,
+        catalogue: Catalogue,
+        settings: Settings,
+        url: str,
+        versions: dict[str, str],
+        blobs: Path,
+        control: Callable[[Message], None],
+    ) -> None:
+        self.store = store
+        self.hub = hub
+        self.catalogue = catalogue
+        self.settings = settings
+        self.url = url
+        self.versions = versions
+        self.book = book
+        book.memory_limits = {
+            task.name: task.memory_limit for task in catalogue.all() if task.memory_limit is not None
+        }
+        self.store_error = ""
+        self._blobs = blobs
+        self._control = control
+        self._requests: list[_Request] = []
+        self._deciding: list[_Request] = []
+        self._pipes: dict[str, RunnerPipes] = {}
+        self._by_fd: dict[int, str] = {}
+        self._resting: dict[str, tuple[float, float]] = {}
+        self._poller = Poller()
+        self._scratch = Scratch()
+        self._wake = trio.Event()
+        self._round_over = trio.Event()
+        self.courier = CourierLink(self)
+        self.intake = Intake(self)
+        self.rounds = 0
+        self._started_at = trio.current_time()
+        for run in book.runs.values():
+            hub.opened(run.no, run.tail)
+
+    # --- what requests want --------------------------------------------------------------------------------
+
+    def wake(self) -> None:
+        """Something is there for the next round."""
+        self._wake.set()
+
+    async def decide(self, decide: Callable[[], Any]) -> Any:
+        """Have `decide` called in the next round; return its result when that round is committed.
+
+        Raises:
+          NotWritable: the store did not take the round in time. Whether it will is unknown.
+        """
+        request = _Request(decide)
+        self._requests.append(request)
+        self.wake()
+        with trio.move_on_after(_ANSWER_SECONDS):
+            await request.done.wait()
+            return request.result
+        raise NotWritable(
+            f"the store does not answer: {self.store_error or 'a commit takes long'}", retry_after=2
+        )
+
+    async def submit(self, submission: Submission) -> tuple[RunRow, bool]:
+        """Make a run of `submission`; return (run, whether it was there before), committed to disk.
+
+        Raises:
+          QueueFull: as many runs wait as LIMITS.queued_runs allows.
+          IdempotencyConflict: the key was used with another body.
+          NotWritable: the store cannot be written now; `run` is the id to try again with.
+        """
+        try:
+            known = await self._known(submission)
+            if known is not None:
+                return known, True
+            self._check_store()
+            run, replayed = await self.decide(functools.partial(self._accept, submission))
+        except (StoreError, NotWritable) as error:
+            raise NotWritable(
+                f"the outcome is unknown, send it again with this id: {error}",
+                retry_after=2,
+                run=submission.id,
+            ) from error
+        return run, replayed
+
+    def _check_store(self) -> None:
+        if self.store_error:
+            raise NotWritable(self.store_error)
+
+    async def _known(self, submission: Submission) -> RunRow | None:
+        """Return the run that this submission made before."""
+        id = submission.id
+        if submission.key is not None:
+            key = self.book.find_key(submission.subject, submission.key) or await self.store.key(
+                submission.subject, submission.key
+            )
+            if key is not None:
+                if key.digest != submission.digest:
+                    raise IdempotencyConflict(
+                        "this Idempotency-Key was used with another body; use a new key"
+                    )
+                id = key.run
+        return self.book.find(id) or await self.store.run(id)
+
+    def _accept(self, submission: Submission) -> tuple[RunRow, bool]:
+        """Decide on a submission, in a round: look once more, as another may have come in between."""
+        key = None
+        if submission.key is not None:
+            key = self.book.find_key(submission.subject, submission.key)
+            if key is not None and key.digest != submission.digest:
+                raise IdempotencyConflict("this Idempotency-Key was used with another body; use a new key")
+        known = self.book.find(submission.id if key is None else key.run)
+        if known is None and submission.row is not None:
+            known = self.book.find_row(submission.row.key)
+        if known is not None:
+            return known, True
+        limit = self.settings.limits.queued_runs
+        if len(self.book.queues) >= limit:
+            raise QueueFull(f"{limit} runs wait already (LIMITS.queued_runs)", retry_after=5)
+        return self.book.accept(submission, time.time()), False
+
+    async def cancel(self, run: RunRow, grace: float | None) -> RunRow:
+        """Ask a run to stop; return it as it is when that is committed.
+
+        Raises:
+          LifecycleError: it has ended.
+          NotWritable: the store cannot be written now.
+        """
+
+        def decide() -> RunRow:
+            known = self.book.find(run.id)
+            if known is None:
+                raise LifecycleError(f"run {run.id} has ended")
+            seconds = self.settings.limits.cancel_grace_seconds if grace is None else grace
+            self.book.cancel(known, seconds, time.time())
+            return known
+
+        self._check_store()
+        found: RunRow = await self.decide(decide)
+        return found
+
+    async def create_row(self, task: TaskInfo, fields: dict[str, Any]) -> Row:
+        """Have an intake runner validate and save a row of a model task.
+
+        Raises:
+          InvalidArguments: messages by field.
+          NotWritable: the database, or every intake runner, is away; nothing is known to be saved.
+        """
+        return await self.intake.create(task, fields)
+
+    async def ask(self, app: str, model: str, pk: str) -> Answer:
+        """Ask Django's database about a task row, through the courier.
+
+        Raises:
+          NotWritable: the courier is away or does not answer.
+        """
+        return await self.courier.ask(app, model, pk)
+
+    def runners(self) -> list[RunnerView]:
+        """Return all runners that are not drained."""
+        return [self._view(runner) for runner in self.book.runners.values()]
+
+    def _view(self, runner: RunnerState) -> RunnerView:
+        ids = tuple(self.book.attempts[token].run.id for token in runner.tokens)
+        state = "EXITED" if runner.exited else "BUSY" if ids else "RETIRING" if runner.retiring else "IDLE"
+        return RunnerView(
+            id=runner.spec.id,
+            pid=runner.pid,
+            pool=runner.spec.pool,
+            role=runner.spec.role,
+            state=state,
+            runs=ids,
+            started_at=runner.started_at,
+            runs_done=runner.runs_done,
+            last_ending=runner.last_ending,
+        )
+
+    def statistics(self) -> dict[str, Any]:
+        """Return a picture of now: queue, runners, rounds, subscribers, the store's complaint."""
+        return {
+            "queued": len(self.book.queues),
+            "queues": self.book.queues.depth(),
+            "running": len(self.book.attempts),
+            "runners": len(self.book.runners),
+            "untold": len(self.book.untold),
+            "rounds": self.rounds,
+            "uptime": trio.current_time() - self._started_at,
+            "store_error": self.store_error,
+            "courier": self.courier.up,
+            "draining": self.book.draining,
+            **self.hub.statistics(),
+        }
+
+    def live_status(self, run_no: int) -> RunStatus | None:
+        """Return an open run's state, or None when it has ended."""
+        run = self.book.runs.get(run_no)
+        return None if run is None else run.status
+
+    # --- what the supervisor says --------------------------------------------------------------------------
+
+    def runner_up(self, message: RunnerUp, fds: list[int]) -> None:
+        """A runner exists; takes ownership of its descriptors."""
+        pipes = RunnerPipes(
+            message.spec,
+            fds,
+            adopted=message.adopted,
+            lines_per_second=self.settings.limits.output_lines_per_second,
+        )
+        self._pipes[message.spec.id] = pipes
+        for fd in (pipes.events, pipes.output):
+            self._by_fd[fd] = message.spec.id
+            self._poller.watch(fd)
+        self.book.runner_up(message.spec, message.pid, message.started_at, adopted=message.adopted)
+        self.wake()
+
+    def tell(self, message: Message) -> None:
+        """Send to the supervisor."""
+        self._control(message)
+
+    # --- rounds --------------------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Make rounds until cancelled."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._watch_pipes)
+            while True:
+                with trio.move_on_after(self._patience()):
+                    await self._wake.wait()
+                self._wake = trio.Event()
+                await self._round()
+
+    async def _watch_pipes(self) -> None:
+        while True:
+            await trio.lowlevel.wait_readable(self._poller.fileno())
+            over = self._round_over
+            self.wake()
+            await over.wait()
+
+    def _patience(self) -> float:
+        """Return seconds until something has to be looked at without being woken."""
+        waits = [at - trio.current_time() for at, _ in self._resting.values()]
+        due = self.book.queues.next_due()
+        if due is not None:
+            # A wall clock may step: look at least once a second while a run waits for its time.
+            waits.append(min(due - time.time(), 1.0))
+        return max(0.0, min(waits, default=_LONGEST_SLEEP))
+
+    async def _round(self) -> None:
+        self.rounds += 1
+        self._deciding, self._requests = self._requests, []
+        taken = self._look()
+        for request in self._deciding:
+            request.decide()
+        self.book.claim(time.time())
+        batch, after = self.book.take()
+        await self._commit(batch)
+        for id, size in taken:
+            self._pipes[id].consume(size)
+        await self._publish(batch)
+        self._act(after)
+        for request in self._deciding:
+            request.settle()
+        self._deciding = []
+        self.courier.tell()
+        over, self._round_over = self._round_over, trio.Event()
+        over.set()
+        await trio.lowlevel.checkpoint()
+
+    async def _commit(self, batch: Batch) -> None:
+        delay, longest = _RETRY
+        while True:
+            try:
+                await self.store.commit(batch)
+            except StoreError as error:
+                if not self.store_error:
+                    logger.error("%s; tasks wait until it does", error)
+                self.store_error = str(error)
+            else:
+                if self.store_error:
+                    logger.info("the store can be written again")
+                self.store_error = ""
+                return
+            await trio.sleep(delay)
+            delay = min(delay * 2, longest)
+
+    # --- reading the pipes ---------------------------------------------------------------------------------
+
+    def _look(self) -> list[tuple[str, int]]:
+        """Read what runners have said into the book; return how many bytes to consume once it is committed."""
+        now = trio.current_time()
+        for id in [id for id, (at, _) in self._resting.items() if at <= now]:
+            self._poller.watch(self._pipes[id].events)
+            self._resting[id] = (float("inf"), self._resting[id][1])
+        ready = self._poller.ready()
+        dead = {id for id, runner in self.book.runners.items() if runner.exited is not None}
+        ids = {self._by_fd[fd] for fd in ready if fd in self._by_fd} | dead
+        return [(id, self._look_at(id, ready, id in dead)) for id in sorted(ids)]
+
+    def _look_at(self, id: str, ready: set[int], dead: bool) -> int:
+        pipes, runner = self._pipes[id], self.book.runners[id]
+        if pipes.output in ready or dead:
+            self._look_at_output(pipes)
+        if runner.corrupt:
+            self._poller.rest(pipes.events)
+            frames, size, broken = list[Frame](), 0, None
+        else:
+            frames, size, broken = pipes.peek(self._scratch, runner.session.seq)
+        for frame in frames:
+            broken = self._frame(runner, pipes, frame) or broken
+            if broken is not None:
+                break
+        if broken is not None:
+            self._corrupt(runner, pipes, broken)
+        if dead and not frames:
+            self.book.runner_drained(id, time.time())
+        elif dead:
+            self.wake()
+        elif frames:
+            self._resting.pop(id, None)
+        elif pipes.events in ready:
+            self._rest(id, pipes)
+        return size
+
+    def _frame(self, runner: RunnerState, pipes: RunnerPipes, frame: Frame) -> RemoteWireError | None:
+        try:
+            message = unpack_runner_frame(frame)
+            if isinstance(message, Finished):
+                # Its output is in the pipe already: the runner writes the end marker before this frame.
+                self._look_at_output(pipes)
+                pipes.parser.forget(message.token)
+            self.book.frame(runner, frame.seq, message, time.time())
+        except RemoteWireError as error:
+            return error
+        return None
+
+    def _look_at_output(self, pipes: RunnerPipes) -> None:
+        data = pipes.read_output()
+        if not data:
+            self._poller.rest(pipes.output)  # its last writer has gone
+            return
+        for token, lines in pipes.parser.receive(data, trio.current_time()).items():
+            self.book.output(token, lines, time.time())
+
+    def _rest(self, id: str, pipes: RunnerPipes) -> None:
+        _, before = self._resting.get(id, (0.0, 0.0))
+        rest = min(max(before * 2, _REST[0]), _REST[1])
+        self._resting[id] = (trio.current_time() + rest, rest)
+        self._poller.rest(pipes.events)
+
+    def _corrupt(self, runner: RunnerState, pipes: RunnerPipes, error: RemoteWireError) -> None:
+        logger.warning("runner %s broke the protocol: %s", runner.spec.id, error)
+        self.book.runner_corrupt(runner.spec.id, error)
+        self._poller.rest(pipes.events)
+
+    # --- after the commit ----------------------------------------------------------------------------------
+
+    async def _publish(self, batch: Batch) -> None:
+        for no, rows in _by_run(batch.events).items():
+            self.hub.publish(no, [await self._filled(row) for row in rows])
+        for no, lines in _by_run(batch.outputs).items():
+            self.hub.publish_output(no, lines)
+
+    async def _filled(self, row: EventRow) -> EventRow:
+        if row.blob is None:
+            return row
+        data = await trio.to_thread.run_sync(read_blob, self._blobs, row.blob)
+        return EventRow(row.pos, row.run, row.offset, row.attempt, row.type, data, row.at, row.blob)
+
+    def _act(self, after: After) -> None:
+        for no in after.accepted:
+            self.hub.opened(no, 0)
+        for no in after.ended:
+            self.hub.ended(no)
+        for message in after.control:
+            self.tell(message)
+        for id, order in after.orders:
+            if (pipes := self._pipes.get(id)) is not None:
+                pipes.order(order)
+        for created in after.created:
+            self.intake.created(created)
+        for id in after.drained:
+            self._let_go(id)
+
+    def _let_go(self, id: str) -> None:
+        pipes = self._pipes.pop(id)
+        self._resting.pop(id, None)
+        for fd in (pipes.events, pipes.output):
+            self._poller.rest(fd)
+            self._by_fd.pop(fd, None)
+        pipes.close()
+        self.tell(Drained(runner=id))
+        self.intake.look()
+
+    def order(self, runner: str, order: Any) -> bool:
+        """Give an order outside a round (intake)."""
+        pipes = self._pipes.get(runner)
+        return pipes is not None and pipes.order(order)
+
+    # --- the end -------------------------------------------------------------------------------------------
+
+    def drain(self) -> None:
+        """The tree stops: claim nothing, ask runs to stop."""
+        self._requests.append(_Request(self.book.drain))
+        self.wake()
+
+    async def until_quiet(self, seconds: float) -> None:
+        """Wait until every pipe is empty and its writers have gone, for at most `seconds`.
+
+        For a gateway whose supervisor died: the kernel kills the runners, and what they wrote is still here.
+        """
+        with trio.move_on_after(seconds):
+            while not all(pipes.at_end() for pipes in self._pipes.values()):
+                await trio.sleep(0.02)
+        await self.flush()
+
+    async def flush(self) -> None:
+        """Return when one more round is committed, or the store does not take it."""
+        try:
+            await self.decide(lambda: None)
+        except NotWritable as error:
+            logger.error("left with a round that is not committed: %s", error)
+
+    def close(self) -> None:
+        """Let go of every descriptor."""
+        for pipes in self._pipes.values():
+            pipes.close()
+        self._pipes.clear()
+        self._poller.close()
+        self._scratch.close()
+
+
+def _by_run(rows: Iterable[Any]) -> dict[int, list[Any]]:
+    grouped: dict[int, list[Any]] = {}
+    for row in rows:
+        grouped.setdefault(row.run, []).append(row)
+    return grouped

@@ -1,0 +1,67 @@
+"""What the HTTP rooms need of the engine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from gateway.fanout import Hub
+from gateway.store.protocol import Store
+from gateway.store.rows import RunRow
+from gateway.submission import Catalogue, Submission
+from taskkit.settings import Settings
+from taskkit.wire.messages import Answer, Row, TaskInfo
+
+
+class RunnerView(Protocol):
+    """A runner as it stands; `started_at` is in Unix seconds, `runs` are ids of the runs open on it."""
+
+    @property
+    def id(self) -> str: ...
+    @property
+    def pid(self) -> int: ...
+    @property
+    def pool(self) -> str: ...
+    @property
+    def role(self) -> str: ...
+    @property
+    def state(self) -> str: ...
+    @property
+    def runs(self) -> tuple[str, ...]: ...
+    @property
+    def started_at(self) -> float: ...
+    @property
+    def runs_done(self) -> int: ...
+    @property
+    def last_ending(self) -> str | None: ...
+
+
+class Engine(Protocol):
+    """The part of the gateway that decides what becomes of runs."""
+
+    @property
+    def store(self) -> Store: ...
+    @property
+    def hub(self) -> Hub: ...
+    @property
+    def catalogue(self) -> Catalogue: ...
+    @property
+    def settings(self) -> Settings: ...
+
+    async def submit(self, submission: Submission) -> tuple[RunRow, bool]:
+        """Return the run, on disk, and whether it existed before. Raises SubmitError, StoreError."""
+
+    async def cancel(self, run: RunRow, grace: float | None) -> RunRow:
+        """Ask the run to stop. Raises LifecycleError when it has ended."""
+
+    async def create_row(self, task: TaskInfo, fields: dict[str, Any]) -> Row:
+        """Have an intake runner save a task row. Raises InvalidArguments, NotWritable."""
+
+    async def ask(self, app: str, model: str, pk: str) -> Answer:
+        """Ask the courier about a task row. Raises NotWritable when it is away."""
+
+    def runners(self) -> Sequence[RunnerView]:
+        """Return every runner."""
+
+    def statistics(self) -> dict[str, Any]:
+        """Return a picture of now; among it `courier` (up), `runners` (how many), `store_error` (or "")."""

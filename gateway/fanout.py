@@ -1,0 +1,280 @@
+"""Wakes everybody who follows a run when it has spoken.
+
+One shared ring of rendered events per followed run; a subscriber is a position in it and owns no queue, so an
+idle one costs the same however much the run says. What has left the ring is in the store, and both are read
+with the same cursor: between history and live there is no seam.
+
+Rule: everything but `Subscription.wait` is synchronous and never raises; the engine calls it between two
+commits.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Final, Self
+
+import trio
+
+from gateway import sse
+from gateway.store.rows import EventRow, OutputRow
+
+#: Most events a ring keeps. At 50 events/s this is 20 s of a stream: any client that is further behind reads
+#: joined batches from the store, which is faster for it anyway. Precedent: Mercure's channel of 1000 updates.
+RING_EVENTS: Final = 1000
+
+#: Most bytes a ring keeps; bounds the gateway at (followed runs x 1 MiB). Precedent: Centrifugo's queue of 1
+#: MiB per *client*.
+RING_BYTES: Final = 1024 * 1024
+
+
+class Entry:
+    """One event, with its SSE bytes rendered at most once for everybody."""
+
+    __slots__ = ("_sse", "row")
+
+    def __init__(self, row: EventRow) -> None:
+        self.row = row
+        self._sse: bytes | None = None
+
+    @property
+    def offset(self) -> int:
+        return self.row.offset
+
+    @property
+    def sse(self) -> bytes:
+        """The event block as every EventSource gets it."""
+        if self._sse is None:
+            self._sse = sse.event_bytes(self.row.offset, self.row.type, self.row.data)
+        return self._sse
+
+    @property
+    def weight(self) -> int:
+        """Bytes that the ring accounts for: the data twice (once in its block), 64 bytes around it."""
+        return 2 * len(self.row.data) + 64
+
+
+class Ring:
+    """The newest events of a run, consecutive, bounded by number and bytes."""
+
+    __slots__ = ("_entries", "weight")
+
+    def __init__(self) -> None:
+        self._entries: deque[Entry] = deque()
+        self.weight = 0
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def append(self, row: EventRow) -> None:
+        """Add the next event; the oldest give way, the new one itself when it alone is too large."""
+        if self._entries and row.offset != self._entries[-1].offset + 1:
+            self._entries.clear()
+            self.weight = 0
+        entry = Entry(row)
+        self._entries.append(entry)
+        self.weight += entry.weight
+        while self._entries and (len(self._entries) > RING_EVENTS or self.weight > RING_BYTES):
+            self.weight -= self._entries.popleft().weight
+
+    def after(self, offset: int, max_bytes: int) -> list[Entry] | None:
+        """Return the events that follow `offset`, at most `max_bytes` of data unless the first alone exceeds
+        it.
+
+        None: the next one is not here.
+        """
+        if not self._entries or offset < self._entries[0].offset - 1:
+            return None
+        found: list[Entry] = []
+        size = 0
+        for index in range(offset + 1 - self._entries[0].offset, len(self._entries)):
+            entry = self._entries[index]
+            size += len(entry.row.data)
+            if found and size > max_bytes:
+                break
+            found.append(entry)
+        return found
+
+
+@dataclass(slots=True)
+class _Run:
+    """What the hub knows of one run. `tail` and `lines` are None until the engine has said a number."""
+
+    tail: int | None = None
+    lines: int | None = None
+    open: bool = False
+    ended: bool = False
+    ring: Ring | None = None
+    subscribers: int = 0
+    lot: trio.lowlevel.ParkingLot = field(default_factory=trio.lowlevel.ParkingLot)
+    output_lot: trio.lowlevel.ParkingLot = field(default_factory=trio.lowlevel.ParkingLot)
+
+    def wake(self) -> None:
+        self.lot.unpark_all()
+        self.output_lot.unpark_all()
+
+
+class Subscription:
+    """One subscriber's view of a run; a context manager, because the ring lives as long as somebody looks."""
+
+    __slots__ = ("_hub", "_number", "_run")
+
+    def __init__(self, hub: Hub, number: int) -> None:
+        self._hub = hub
+        self._number = number
+        self._run = hub._join(number)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._hub._leave(self._number, self._run)
+
+    @property
+    def tail(self) -> int | None:
+        """Offset of the newest published event; None when the run is not open."""
+        return self._run.tail if self._run.open else None
+
+    @property
+    def lines(self) -> int | None:
+        """Number of the newest published output line; None when there was none since the gateway started."""
+        return self._run.lines
+
+    @property
+    def ended(self) -> bool:
+        """Whether the run has ended since the subscription began."""
+        return self._run.ended
+
+    @property
+    def closing(self) -> bool:
+        """Whether the gateway shuts down."""
+        return self._hub.closing
+
+    def batch(self, after: int, max_bytes: int = 65536) -> list[Entry] | None:
+        """Return the published events that follow `after`; empty when there is none, None: read the store."""
+        run = self._run
+        if run.tail is not None and after >= run.tail:
+            return []
+        return None if run.ring is None else run.ring.after(after, max_bytes)
+
+    def news(self, after: int, line: int | None = None) -> bool:
+        """Whether there is something that a subscriber at `after` (and output line `line`) has not seen."""
+        run = self._run
+        if run.ended or self._hub.closing or (run.tail is not None and run.tail > after):
+            return True
+        return line is not None and run.lines is not None and run.lines > line
+
+    async def wait(self, after: int, line: int | None = None) -> None:
+        """Return when there is news for a subscriber at `after`; with `line`, output counts as news.
+
+        At once if there is some already: nothing can slip in between looking and waiting. May return early.
+        Waits without a limit of its own; the caller has a deadline. Cancelling it has no effect on anybody.
+        """
+        if self.news(after, line):
+            await trio.lowlevel.checkpoint()
+            return
+        await (self._run.lot if line is None else self._run.output_lot).park()
+
+    async def wait_end(self) -> None:
+        """Return when the run has ended or the gateway shuts down; see `wait` for limits and cancellation."""
+        while not (self._run.ended or self._hub.closing):
+            await self._run.lot.park()
+        await trio.lowlevel.checkpoint()
+
+
+class Hub:
+    """Everybody who follows any run of this gateway."""
+
+    def __init__(self) -> None:
+        self._runs: dict[int, _Run] = {}
+        self._published = 0
+        self.closing = False
+
+    def opened(self, run: int, tail: int) -> None:
+        """An open run exists: it was accepted, or found at start with newest offset `tail`."""
+        state = self._runs.setdefault(run, _Run())
+        state.open = True
+        state.tail = max(tail, state.tail or 0)
+        state.wake()
+
+    def publish(self, run: int, events: Sequence[EventRow]) -> None:
+        """Hand out committed events, offsets consecutive, `data` filled in."""
+        if not events:
+            return
+        state = self._runs.setdefault(run, _Run())
+        state.open = not state.ended
+        for row in events:
+            if state.tail is not None and row.offset <= state.tail:
+                continue  # known already: a repeated call must not show anything twice
+            state.tail = row.offset
+            if state.ring is not None:
+                state.ring.append(row)
+        self._published += len(events)
+        state.wake()
+
+    def publish_output(self, run: int, rows: Sequence[OutputRow]) -> None:
+        """Tell those who read output that there are committed lines; they read them from the store.
+
+        Few subscribers ask for output, and a task may print thousands of lines a second: a ring of lines
+        would cost memory for nobody, and reading the store joins what came together.
+        """
+        state = self._runs.get(run)
+        if not rows or state is None:
+            return
+        state.lines = max(rows[-1].offset, state.lines or 0)
+        state.output_lot.unpark_all()
+
+    def ended(self, run: int) -> None:
+        """The run's `stream.end` has been published."""
+        state = self._runs.get(run)
+        if state is None:
+            return
+        state.open, state.ended = False, True
+        if not state.subscribers:
+            del self._runs[run]
+        state.wake()
+
+    def subscribers(self, run: int) -> int:
+        """Return how many follow this run now."""
+        state = self._runs.get(run)
+        return 0 if state is None else state.subscribers
+
+    def end_streams(self) -> None:
+        """The gateway shuts down: every stream ends cleanly, a later one at once."""
+        self.closing = True
+        for state in self._runs.values():
+            state.wake()
+
+    def attach(self, run: int) -> Subscription:
+        """Return a subscription to the run with this number, open or not; use it as a context manager."""
+        return Subscription(self, run)
+
+    def statistics(self) -> dict[str, int]:
+        """Return counts of what the hub holds now, and of what it has handed out."""
+        rings = [state.ring for state in self._runs.values() if state.ring is not None]
+        return {
+            "runs": len(self._runs),
+            "subscribers": sum(state.subscribers for state in self._runs.values()),
+            "ring_events": sum(len(ring) for ring in rings),
+            "ring_bytes": sum(ring.weight for ring in rings),
+            "published": self._published,
+        }
+
+    def _join(self, number: int) -> _Run:
+        state = self._runs.setdefault(number, _Run())
+        state.subscribers += 1
+        if state.ring is None:
+            state.ring = Ring()
+        return state
+
+    def _leave(self, number: int, state: _Run) -> None:
+        state.subscribers -= 1
+        if state.subscribers:
+            return
+        state.ring = None
+        if not state.open and self._runs.get(number) is state:
+            del self._runs[number]

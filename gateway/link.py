@@ -1,0 +1,196 @@
+"""The gateway's side of the courier: outbox rows in, transitions out, questions about rows."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import socket
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Final
+
+import msgspec
+import trio
+
+from gateway.store.rows import RunRow
+from gateway.submission import Submission, parse_submission
+from taskkit.channel import Channel
+from taskkit.errors import NotWritable, RemoteWireError, SubmitError
+from taskkit.wire.messages import Answer, Ask, CourierToGateway, Row, Submit, Submitted, Told, Transition
+
+if TYPE_CHECKING:
+    from gateway.engine import Engine
+
+logger = logging.getLogger("bulkhead.gateway")
+
+#: Transitions that may be unanswered. The courier writes up to 100 in one transaction.
+_WINDOW: Final = 200
+
+#: Seconds for an answer about a row.
+_ASK_SECONDS: Final = 5.0
+
+Incoming = Submit | Told | Answer
+
+
+class CourierLink:
+    """Speaks with the present courier; what it has not confirmed is said again to the next."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._channel: Channel[Incoming] | None = None
+        self._sent: dict[int, int] = {}  # version by run number, unanswered
+        self._numbers: dict[str, int] = {}  # number by run id, of those
+        self._asked: dict[str, tuple[trio.Event, list[Answer]]] = {}
+
+    @property
+    def up(self) -> bool:
+        """Whether a courier is linked."""
+        return self._channel is not None and not self._channel.broken
+
+    async def run(self, fd: int) -> None:
+        """Speak over the socket `fd` until the courier is gone or a newer link takes its place."""
+        channel: Channel[Incoming] = Channel(socket.socket(fileno=fd), CourierToGateway)
+        if self._channel is not None:
+            self._channel.close()
+        self._channel = channel
+        self._sent.clear()
+        self._numbers.clear()
+        self._engine.wake()
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(channel.run)
+                await self._listen(channel, nursery)
+                nursery.cancel_scope.cancel()
+        finally:
+            channel.close()
+            if self._channel is channel:
+                self._channel = None
+
+    async def _listen(self, channel: Channel[Incoming], nursery: trio.Nursery) -> None:
+        while True:
+            try:
+                message, fds = await channel.receive()
+            except (trio.EndOfChannel, trio.ClosedResourceError):
+                return
+            except RemoteWireError as error:
+                logger.error("the courier broke the protocol: %s", error)
+                return
+            for other in fds:
+                socket.close(other)
+            if isinstance(message, Submit):
+                nursery.start_soon(self._submit, channel, message)
+            elif isinstance(message, Told):
+                self._told(message)
+            elif (waiting := self._asked.get(message.ask)) is not None:
+                waiting[1].append(message)
+                waiting[0].set()
+
+    # --- outbox rows ---------------------------------------------------------------------------------------
+
+    async def _submit(self, channel: Channel[Incoming], message: Submit) -> None:
+        try:
+            run, _ = await self._engine.submit(self._submission(message))
+        except NotWritable:
+            return  # the courier offers the row again
+        except SubmitError as error:
+            if error.retry_after is not None:
+                return
+            detail = "; ".join([str(error), *(f"{name}: {text}" for name, text in error.errors.items())])
+            channel.send(Submitted(id=message.id, error=detail, code=error.code))
+            return
+        channel.send(Submitted(id=message.id, run=run.id))
+
+    def _submission(self, message: Submit) -> Submission:
+        submission = parse_submission(
+            _body(message),
+            self._engine.catalogue,
+            self._engine.settings.limits,
+            subject=message.subject,
+            pools=self._engine.settings.all_pools,
+            origin="outbox",
+        )
+        submission.id = message.id
+        submission.row = message.row
+        submission.run_after = message.run_after
+        submission.using = message.using
+        return submission
+
+    # --- transitions ---------------------------------------------------------------------------------------
+
+    def tell(self) -> None:
+        """Send the newest state of runs that Django does not know, as far as the window allows."""
+        if self._channel is None or self._channel.broken:
+            return
+        for no, run in self._engine.book.untold.items():
+            if len(self._sent) >= _WINDOW:
+                return
+            if self._sent.get(no) != run.version:
+                self._sent[no] = run.version
+                self._numbers[run.id] = no
+                self._channel.send(transition_of(run))
+
+    def _told(self, message: Told) -> None:
+        no = self._numbers.get(message.run)
+        if no is None:
+            return
+        if self._sent.get(no, 0) <= message.version:
+            self._sent.pop(no, None)
+            del self._numbers[message.run]
+        self._engine.book.told(message.run, no, message.version)
+        self._engine.wake()
+
+    # --- questions -----------------------------------------------------------------------------------------
+
+    async def ask(self, app: str, model: str, pk: str) -> Answer:
+        """See `Engine.ask`."""
+        if self._channel is None:
+            raise NotWritable("the database cannot be asked: the courier is away", retry_after=2)
+        ask = secrets.token_hex(8)
+        event, answers = self._asked[ask] = (trio.Event(), [])
+        try:
+            self._channel.send(Ask(ask=ask, app=app, model=model, pk=pk))
+            with trio.move_on_after(_ASK_SECONDS):
+                await event.wait()
+        finally:
+            del self._asked[ask]
+        if not answers or answers[0].status == "away":
+            detail = answers[0].detail if answers else f"no answer within {_ASK_SECONDS:.0f} s"
+            raise NotWritable(f"the database cannot be asked: {detail}", retry_after=2)
+        return answers[0]
+
+
+def _body(message: Submit) -> Mapping[str, Any]:
+    """Return the submission in the form that HTTP clients write."""
+    body: dict[str, Any] = {"task": message.task}
+    if message.row is None:
+        body |= {"args": message.args, "kwargs": message.kwargs}
+    options = {
+        "pool": message.pool,
+        "priority": message.priority,
+        "timeout": message.timeout,
+        "max_attempts": message.max_attempts,
+        "metadata": message.metadata or None,
+        "tags": message.tags or None,
+    }
+    return body | {key: value for key, value in options.items() if value is not None}
+
+
+def transition_of(run: RunRow) -> Transition:
+    """Return what Django is told of a run."""
+    return Transition(
+        run=run.id,
+        version=run.version,
+        task=run.task,
+        status=run.status.value,
+        attempt=run.attempt,
+        args=msgspec.json.decode(run.args),
+        kwargs=msgspec.json.decode(run.kwargs),
+        row=None if run.row is None else msgspec.json.decode(run.row, type=Row),
+        created_at=run.created_at,
+        started_at=run.started_at,
+        finished_at=run.finished_at,
+        result=run.result,
+        error=run.error,
+        metadata=msgspec.json.decode(run.metadata),
+        tags=list(run.tags),
+        using=run.using,
+    )

@@ -1,0 +1,150 @@
+"""What the API shows of runs, attempts, tasks, runners: rows to plain data.
+
+Pure. JSON that a run brought along is embedded as it was rendered (`msgspec.Raw`), never parsed here. The
+keys leave the process: they are for ever.
+"""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+import msgspec
+
+from gateway.store.rows import AttemptRow, OutputRow, RunRow
+from taskkit.wire.messages import TaskInfo
+
+API: Final = "/api/v1"
+
+
+def rfc3339(moment: float | None) -> str | None:
+    """Return Unix seconds as RFC 3339 UTC with milliseconds."""
+    if moment is None:
+        return None
+    text = datetime.datetime.fromtimestamp(moment, datetime.UTC).isoformat(timespec="milliseconds")
+    return text.replace("+00:00", "Z")
+
+
+def raw(data: bytes | None) -> msgspec.Raw | None:
+    """Return JSON that is embedded as it is; None stays null."""
+    return None if data is None else msgspec.Raw(data)
+
+
+def urls(run: str) -> dict[str, str]:
+    """Return where a run can be found, as paths: behind a proxy only the client knows the host."""
+    base = f"{API}/runs/{run}"
+    return {"self": base, "events": f"{base}/events", "result": f"{base}/result", "cancel": f"{base}/cancel"}
+
+
+def accepted(run: RunRow, token: str) -> dict[str, Any]:
+    """Return the answer to a submission."""
+    return {"id": run.id, "status": run.status, "task": run.task, "urls": urls(run.id), "token": token}
+
+
+def summary(run: RunRow) -> dict[str, Any]:
+    """Return a run as lists show it."""
+    return {
+        "id": run.id,
+        "status": run.status,
+        "task": run.task,
+        "pool": run.pool,
+        "priority": run.priority,
+        "attempt": run.attempt,
+        "max_attempts": run.max_attempts,
+        "cancelling": run.cancelling,
+        "created_at": rfc3339(run.created_at),
+        "run_after": rfc3339(run.run_after),
+        "started_at": rfc3339(run.started_at),
+        "finished_at": rfc3339(run.finished_at),
+        "timeout": run.timeout,
+        "progress": raw(run.progress),
+        "error": raw(run.error),
+        "metadata": raw(run.metadata),
+        "tags": run.tags,
+        "urls": urls(run.id),
+    }
+
+
+def snapshot(
+    run: RunRow,
+    attempts: Sequence[AttemptRow],
+    tails: Mapping[int, Sequence[OutputRow]],
+    *,
+    first: int,
+    subscribers: int,
+    result: msgspec.Raw | None,
+) -> dict[str, Any]:
+    """Return a run as it stands: the summary, its result, every attempt with its ending.
+
+    Args:
+      tails: newest output lines by attempt, for those that may be shown.
+      first: offset of the oldest event that the store has; 0 when there is none.
+    """
+    return {
+        **summary(run),
+        "result": result,
+        "attempts": [attempt(row, tails.get(row.number)) for row in attempts],
+        "subscribers": subscribers,
+        "offsets": {"first": first, "last": run.tail},
+    }
+
+
+def attempt(row: AttemptRow, lines: Sequence[OutputRow] | None) -> dict[str, Any]:
+    """Return one attempt with its ending.
+
+    `cause` has signal, exit code, max RSS and CPU seconds of a runner that died; `stderr` is there if
+    `lines` are.
+    """
+    shown = {
+        "number": row.number,
+        "runner": row.runner,
+        "pid": row.pid,
+        "assigned_at": rfc3339(row.assigned_at),
+        "started_at": rfc3339(row.started_at),
+        "ended_at": rfc3339(row.ended_at),
+        "ending": row.ending,
+        "cause": raw(row.cause),
+        "failure": raw(row.failure),
+    }
+    if lines is not None:
+        shown["stderr"] = [line.text for line in lines if line.stream != "stdout"]
+    return shown
+
+
+def result(run: RunRow, value: msgspec.Raw | None) -> dict[str, Any]:
+    """Return how a run ended: `result` of a successful one, else `error`."""
+    shown: dict[str, Any] = {"id": run.id, "status": run.status}
+    if run.status.is_terminal:
+        outcome = {"result": value} if run.error is None else {"error": raw(run.error)}
+        shown |= outcome | {"finished_at": rfc3339(run.finished_at)}
+    return shown
+
+
+def log_data(row: OutputRow, run: str) -> bytes:
+    """Return the data of a `log` event."""
+    shown: dict[str, Any] = {"stream": row.stream, "text": row.text}
+    if row.logger or row.level:
+        shown |= {"level": row.level, "logger": row.logger}
+    shown |= {"_run": run, "_attempt": row.attempt, "_timestamp": rfc3339(row.at)}
+    return msgspec.json.encode(shown)
+
+
+def task(info: TaskInfo) -> dict[str, Any]:
+    """Return a task as the catalogue shows it."""
+    return {
+        "name": info.name,
+        "path": info.path,
+        "kind": info.kind,
+        "doc": info.doc,
+        "parameters": info.parameters,
+        "positional": info.positional,
+        "pool": info.pool,
+        "priority": info.priority,
+        "timeout": info.timeout,
+        "max_attempts": info.max_attempts,
+        "memory_limit": info.memory_limit,
+        "on_lost": info.on_lost,
+        "on_disconnect": info.on_disconnect,
+        "metadata": info.metadata,
+    }

@@ -1,0 +1,173 @@
+"""Bytes of a stream: events in each rendering, control lines, cursors.
+
+Pure. Sources: WHATWG HTML §9.2 (server-sent events); ndjson-spec 1.0.0 §3; the cursor's forms are CONTRACT
+2.2.
+"""
+
+from __future__ import annotations
+
+import enum
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Final
+
+import msgspec
+
+from taskkit.identifiers import MAX_CURSOR
+
+EVENT_STREAM: Final = "text/event-stream"
+NDJSON: Final = "application/x-ndjson"
+PLAIN: Final = "text/plain"
+JSON: Final = "application/json"
+
+#: A comment: it reaches the socket, and no listener.
+HEARTBEAT: Final = b":\n\n"
+
+#: Name of the last event of every run.
+STREAM_END: Final = "stream.end"
+
+#: Names of the query parameters that carry a cursor, in the order they are looked at. The later two are what
+#: polyfills of EventSource send (Mercure issue #586).
+CURSOR_PARAMETERS: Final = ("after", "last_event_id", "lastEventId")
+
+# CR, LF and CRLF end a line (WHATWG HTML §9.2.5); nothing else does, not even U+2028.
+_LINE_BREAK: Final = re.compile(rb"\r\n|\r|\n")
+_UNSAFE_IN_FIELD: Final = re.compile(r"[\r\n\0]")
+_OFFSET: Final = re.compile(r"[0-9]{1,18}")
+_LOG: Final = re.compile(r"([0-9]{1,18})\.([0-9]{1,18})")
+
+
+def _field(text: str) -> bytes:
+    """Return `text` fit for one field: a break in it would let a task forge events, NUL voids an id."""
+    return _UNSAFE_IN_FIELD.sub("", text).encode("utf-8", "replace")
+
+
+def event_bytes(offset: int | str | None, type: str, data: bytes) -> bytes:
+    """Return one event block: `id`, `event`, `data`, blank line.
+
+    `data` is expected on one line; a line break in it begins another `data:` field, so that the client sees
+    it as it was instead of a torn event. Without an offset the block has no `id` and leaves the client's
+    cursor alone.
+    """
+    head = b"" if offset is None else b"id: %s\n" % _field(str(offset))
+    if b"\n" in data or b"\r" in data:
+        data = b"\ndata: ".join(_LINE_BREAK.split(data))
+    return b"%sevent: %s\ndata: %s\n\n" % (head, _field(type), data)
+
+
+def comment(text: str = "") -> bytes:
+    """Return a comment block."""
+    return b":%s\n\n" % (b" " + _field(text) if text else b"")
+
+
+def retry(milliseconds: int) -> bytes:
+    """Return the block that sets the client's reconnection time."""
+    return b"retry: %d\n\n" % max(0, milliseconds)
+
+
+def reset_data(start: int, reason: str) -> bytes:
+    """Return the data of `stream.reset`: what the client has is void, the stream goes on at `start`."""
+    return msgspec.json.encode({"from": start, "reason": reason})
+
+
+def reset_event(start: int, reason: str) -> bytes:
+    """Return `stream.reset`; its id is the cursor in front of `start`, so a reconnect continues there."""
+    return event_bytes(max(0, start - 1), "stream.reset", reset_data(start, reason))
+
+
+def ndjson_line(id: int | str, type: str, data: bytes) -> bytes:
+    """Return one event as a line `{"id","type","data"}`; `data` is embedded as it is."""
+    if b"\n" in data or b"\r" in data:
+        data = _LINE_BREAK.sub(b" ", data)  # between tokens a space means the same
+    # json.dumps escapes every control character, so the line stays one line.
+    return b'{"id":"%s","type":%s,"data":%s}\n' % (
+        _field(str(id)),
+        json.dumps(type).encode(),
+        data or b"null",
+    )
+
+
+class _Value(msgspec.Struct):
+    value: msgspec.UnsetType | object = msgspec.UNSET
+
+
+_read_value: Final = msgspec.json.Decoder(_Value).decode
+
+
+def plain_text(data: bytes) -> bytes:
+    """Return what an event says as text, line break added: its `value` if that is a string, else nothing.
+
+    A value that a task emits or yields and that is no object arrives as `{"value": …}`.
+    """
+    if b'"value"' not in data:
+        return b""
+    try:
+        value = _read_value(data).value
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return b""
+    return plain_line(value) if isinstance(value, str) else b""
+
+
+def plain_line(text: str) -> bytes:
+    """Return `text` as bytes that end in exactly one added line break, unless it brings its own."""
+    return (text if text.endswith("\n") else text + "\n").encode("utf-8", "replace")
+
+
+class Origin(enum.Enum):
+    """Where a subscriber begins."""
+
+    #: after the offset that the cursor names; 0 is the start
+    AFTER = enum.auto()
+    #: with the newest event
+    LATEST = enum.auto()
+    #: with what is new
+    NOW = enum.auto()
+
+
+@dataclass(frozen=True, slots=True)
+class Cursor:
+    """A position in a stream: events up to `offset` and, if known, output lines up to `line` were seen."""
+
+    origin: Origin = Origin.AFTER
+    offset: int = 0
+    line: int | None = None
+
+    def resolve(self, tail: int) -> int:
+        """Return the offset to read after when the newest event has offset `tail`."""
+        if self.origin is Origin.NOW:
+            return tail
+        return max(0, tail - 1) if self.origin is Origin.LATEST else self.offset
+
+
+def _parse(text: str) -> Cursor | None:
+    if len(text) > MAX_CURSOR:
+        return None
+    if _OFFSET.fullmatch(text):
+        return Cursor(offset=int(text))
+    match = _LOG.fullmatch(text)
+    return Cursor(offset=int(match[1]), line=int(match[2])) if match else None
+
+
+def parse_cursor(last_event_id: str | None, parameters: Mapping[str, str]) -> Cursor:
+    """Return the cursor of a request: Last-Event-ID, else a query parameter, else the start.
+
+    An empty Last-Event-ID counts as absent (WHATWG HTML §9.2.3 never sends one).
+
+    Raises:
+      ValueError: it is malformed; the client's fault.
+    """
+    if last_event_id:
+        text = last_event_id
+    else:
+        text = next((parameters[name] for name in CURSOR_PARAMETERS if name in parameters), "0")
+        if text in ("latest", "now"):
+            return Cursor(origin=Origin[text.upper()])
+    cursor = _parse(text)
+    if cursor is None:
+        raise ValueError(
+            f"the cursor {text[:40]!r} is malformed: use the id of an event of this stream, "
+            "or ?after=latest, ?after=now"
+        )
+    return cursor

@@ -1,0 +1,357 @@
+"""A request to run a task, checked against the catalogue.
+
+Pure. Whatever passes here can be packed, sent and bound in a runner; what does not pass is named by its
+field.
+"""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import itertools
+import math
+import re
+import uuid
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+import msgspec
+
+from gateway.arguments import MAX_ERRORS, Validator, argument_errors, compile_schema, unfit
+from taskkit.errors import InvalidArguments, UnknownTask
+from taskkit.identifiers import new_run_id, parse_run_id
+from taskkit.settings import LimitSettings, PoolSettings
+from taskkit.wire.messages import Row, TaskInfo
+
+#: Everything a submission may contain; anything else is refused by name.
+KEYS: Final = (
+    "task",
+    "args",
+    "kwargs",
+    "fields",
+    "pool",
+    "priority",
+    "run_after",
+    "timeout",
+    "max_attempts",
+    "metadata",
+    "tags",
+    "id",
+)
+
+MAX_TAGS: Final = 20
+MAX_TAG: Final = 100  # characters
+MAX_METADATA: Final = 16 * 1024  # bytes of JSON; it travels with the run to every process that shows it
+MAX_ATTEMPTS: Final = 100
+
+_RFC3339_UTC: Final = re.compile(r"\d{4}-\d\d-\d\d[Tt ]\d\d:\d\d:\d\d(\.\d{1,9})?([Zz]|\+00:00)")
+
+
+@dataclass(slots=True, kw_only=True)
+class Submission:
+    """What becomes a run.
+
+    Attributes:
+      args, kwargs, metadata: JSON.
+      row: the task row of a model task; None until it is created.
+      run_after: Unix seconds.
+      timeout: seconds per attempt; None: no limit.
+      subject: who submits, the `sub` of a token.
+      origin: "http" or "outbox".
+      using: alias of the Django database that the run is projected to.
+      key: the idempotency key; digest: of the body that came with it.
+    """
+
+    id: str
+    task: TaskInfo
+    args: bytes
+    kwargs: bytes
+    row: Row | None
+    pool: str
+    priority: int
+    run_after: float | None
+    timeout: float | None
+    max_attempts: int
+    metadata: bytes
+    tags: tuple[str, ...]
+    subject: str
+    origin: str
+    using: str = "default"
+    key: str | None = None
+    digest: bytes = b""
+
+
+class Catalogue:
+    """The tasks of the project, by name and by dotted path."""
+
+    def __init__(self, tasks: Iterable[TaskInfo]) -> None:
+        self._tasks = sorted(tasks, key=lambda task: task.name)
+        self._found = {task.path: task for task in self._tasks} | {task.name: task for task in self._tasks}
+        self._validators: dict[str, Validator] = {}
+
+    def find(self, name: str) -> TaskInfo:
+        """Return the task of that name or dotted path.
+
+        Raises:
+          UnknownTask: there is none; the caller's fault.
+        """
+        try:
+            return self._found[name]
+        except KeyError:
+            raise UnknownTask(f"there is no task {name[:200]!r}; GET /api/v1/tasks lists them") from None
+
+    def all(self) -> list[TaskInfo]:
+        """Return every task, by name."""
+        return list(self._tasks)
+
+    def validator(self, task: TaskInfo) -> Validator:
+        """Return the compiled schema of the task's parameters, compiled at its first use."""
+        found = self._validators.get(task.name)
+        if found is None:
+            found = compile_schema(task.parameters)
+            self._validators[task.name] = found
+        return found
+
+
+def body_digest(body: Mapping[str, Any]) -> bytes:
+    """Return the digest that tells whether two bodies ask for the same; neither key order nor `id` count."""
+    asked = {key: value for key, value in body.items() if key != "id"}
+    return hashlib.sha256(msgspec.json.encode(asked, order="sorted")).digest()
+
+
+def parse_submission(
+    body: Mapping[str, Any],
+    catalogue: Catalogue,
+    limits: LimitSettings,
+    *,
+    subject: str,
+    pools: Mapping[str, PoolSettings],
+    origin: str = "http",
+) -> Submission:
+    """Return the submission that `body`, plain data from JSON, asks for.
+
+    `row` is None. From "http", the fields of a model task are checked, and the caller creates the row; from
+    "outbox" the row exists, and the caller sets it.
+
+    Raises:
+      UnknownTask: no such task.
+      InvalidArguments: everything else that is wrong, all at once, by field; arguments by parameter name.
+    """
+    name = body.get("task")
+    if not isinstance(name, str):
+        raise InvalidArguments("the submission names no task", errors={"task": "must be the name of a task"})
+    task = catalogue.find(name)
+    errors = _unknown(body)
+    read = _Reader(body, errors, row_exists=origin == "outbox")
+    submission = Submission(
+        id=read.id(),
+        task=task,
+        args=b"[]",
+        kwargs=b"{}",
+        row=None,
+        pool=read.pool(task, pools),
+        priority=read.priority(task),
+        run_after=read.run_after(),
+        timeout=None,
+        max_attempts=read.max_attempts(task),
+        metadata=read.metadata(task),
+        tags=read.tags(),
+        subject=subject,
+        origin=origin,
+    )
+    submission.timeout = read.timeout(task, pools.get(submission.pool))
+    submission.args, submission.kwargs = read.arguments(task, catalogue, limits)
+    if errors:
+        shown = ", ".join(itertools.islice(errors, 5))
+        raise InvalidArguments(f"{task.name}: see {shown}", errors=errors)
+    return submission
+
+
+def row_submission(
+    task: TaskInfo, row: Row, *, subject: str, pools: Mapping[str, PoolSettings], origin: str = "http"
+) -> Submission:
+    """Return a submission of an existing task row with the task's own options."""
+    pool = pools.get(task.pool)
+    return Submission(
+        id=new_run_id(),
+        task=task,
+        args=b"[]",
+        kwargs=b"{}",
+        row=row,
+        pool=task.pool,
+        priority=task.priority,
+        run_after=None,
+        timeout=task.timeout if task.timeout is not None or pool is None else pool.timeout,
+        max_attempts=task.max_attempts,
+        metadata=msgspec.json.encode(task.metadata),
+        tags=(),
+        subject=subject,
+        origin=origin,
+        using=row.using,
+    )
+
+
+def parse_time(text: str) -> float | None:
+    """Return the Unix time of an RFC 3339 text in UTC, or None when it is none."""
+    if not _RFC3339_UTC.fullmatch(text):
+        return None
+    try:
+        moment = datetime.datetime.fromisoformat(text.upper().replace("Z", "+00:00"))
+    except ValueError:
+        return None
+    return moment.timestamp()
+
+
+def _unknown(body: Mapping[str, Any]) -> dict[str, str]:
+    unknown = itertools.islice((key for key in body if key not in KEYS), MAX_ERRORS)
+    return {key[:100]: f"is no field of a submission; there are {', '.join(KEYS)}" for key in unknown}
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+class _Reader:
+    """Reads the fields of one body one by one and notes what is wrong; null is as good as absent."""
+
+    def __init__(self, body: Mapping[str, Any], errors: dict[str, str], *, row_exists: bool) -> None:
+        self._body = body
+        self._errors = errors
+        self._row_exists = row_exists
+
+    def _get(self, key: str, check: Callable[[Any], bool], complaint: str) -> Any:
+        value = self._body.get(key)
+        if value is None or check(value):
+            return value
+        self._errors[key] = complaint
+        return None
+
+    def id(self) -> str:
+        text = self._get("id", lambda value: isinstance(value, str), "must be the id that a 503 answer gave")
+        if text is None:
+            return new_run_id()
+        found = parse_run_id(text)
+        if found is None or uuid.UUID(found).version != 7:
+            self._errors["id"] = "must be a UUIDv7, as a 503 answer gives it; leave it out for a new run"
+            return ""
+        return found
+
+    def pool(self, task: TaskInfo, pools: Mapping[str, PoolSettings]) -> str:
+        name = (
+            self._get("pool", lambda value: isinstance(value, str), "must be the name of a pool") or task.pool
+        )
+        if name not in pools:
+            self._errors["pool"] = f"there is no pool {name[:100]!r}; there are {', '.join(sorted(pools))}"
+        return str(name)
+
+    def priority(self, task: TaskInfo) -> int:
+        value = self._get(
+            "priority",
+            lambda value: type(value) is int and -100 <= value <= 100,
+            "must be a whole number from -100 to 100",
+        )
+        return task.priority if value is None else int(value)
+
+    def run_after(self) -> float | None:
+        text = self._get(
+            "run_after",
+            lambda value: isinstance(value, str) and parse_time(value) is not None,
+            "must be an RFC 3339 time in UTC, for example 2026-01-31T12:00:00Z; convert other zones before",
+        )
+        return None if text is None else parse_time(text)
+
+    def timeout(self, task: TaskInfo, pool: PoolSettings | None) -> float | None:
+        value = self._get(
+            "timeout", lambda value: _is_number(value) and value > 0, "must be a number of seconds above 0"
+        )
+        if value is not None:
+            return float(value)
+        return task.timeout if task.timeout is not None or pool is None else pool.timeout
+
+    def max_attempts(self, task: TaskInfo) -> int:
+        value = self._get(
+            "max_attempts",
+            lambda value: type(value) is int and 1 <= value <= MAX_ATTEMPTS,
+            f"must be a whole number from 1 to {MAX_ATTEMPTS}",
+        )
+        return task.max_attempts if value is None else int(value)
+
+    def metadata(self, task: TaskInfo) -> bytes:
+        value = self._get("metadata", lambda value: isinstance(value, dict), "must be an object") or {}
+        packed = msgspec.json.encode(value)
+        if len(packed) > MAX_METADATA:
+            self._errors["metadata"] = f"has {len(packed)} bytes of JSON; {MAX_METADATA} are allowed"
+        elif (complaint := unfit(value)) is not None:
+            self._errors["metadata"] = complaint
+        return msgspec.json.encode({**task.metadata, **value})
+
+    def tags(self) -> tuple[str, ...]:
+        def check(value: Any) -> bool:
+            return isinstance(value, list) and len(value) <= MAX_TAGS and all(map(tag, value))
+
+        def tag(value: Any) -> bool:
+            return isinstance(value, str) and 0 < len(value) <= MAX_TAG
+
+        complaint = f"must be a list of at most {MAX_TAGS} texts of 1 to {MAX_TAG} characters"
+        return tuple(dict.fromkeys(self._get("tags", check, complaint) or ()))
+
+    def arguments(self, task: TaskInfo, catalogue: Catalogue, limits: LimitSettings) -> tuple[bytes, bytes]:
+        """Return args and kwargs as JSON; for a model task both are empty and `fields` is checked instead."""
+        if task.kind == "model" and self._row_exists:
+            return b"[]", b"{}"
+        named = self._model_fields() if task.kind == "model" else self._function_arguments(task)
+        if named is None:
+            return b"[]", b"{}"
+        where = "fields" if task.kind == "model" else "kwargs"
+        if len(msgspec.json.encode(named)) > limits.body_bytes:
+            self._errors[where] = f"LIMITS.body_bytes allows {limits.body_bytes} bytes of JSON"
+        elif (complaint := unfit(named)) is not None:
+            self._errors[where] = complaint
+        else:
+            self._errors.update(argument_errors(catalogue.validator(task), named))
+        if task.kind == "model":
+            return b"[]", b"{}"
+        return (
+            msgspec.json.encode(self._body.get("args") or []),
+            msgspec.json.encode(self._body.get("kwargs") or {}),
+        )
+
+    def _model_fields(self) -> dict[str, Any] | None:
+        for key in ("args", "kwargs"):
+            if self._body.get(key):
+                self._errors[key] = "this task is a model: give `fields`"
+        fields = self._get("fields", lambda value: isinstance(value, dict), "must be an object")
+        return None if "fields" in self._errors else fields or {}
+
+    def _function_arguments(self, task: TaskInfo) -> dict[str, Any] | None:
+        if self._body.get("fields") is not None:
+            self._errors["fields"] = "this task is a function: give `kwargs` or `args`"
+        args = self._get("args", lambda value: isinstance(value, list), "must be a list") or []
+        kwargs = self._get("kwargs", lambda value: isinstance(value, dict), "must be an object") or {}
+        if "args" in self._errors or "kwargs" in self._errors:
+            return None
+        named = dict(zip(task.positional, args, strict=False))
+        rest = args[len(task.positional) :]
+        if rest and (name := _rest_name(task)) is not None:
+            named[name] = rest
+        elif rest:
+            self._errors["args"] = f"at most {len(task.positional)} by position, {len(args)} were given"
+            return None
+        for name in sorted(named.keys() & kwargs.keys()):
+            self._errors[name] = "is given twice: in `args` and in `kwargs`"
+        return {**named, **kwargs}
+
+
+def _rest_name(task: TaskInfo) -> str | None:
+    """Return the parameter that takes further arguments by position, as `*rest` does in Python.
+
+    Its schema is that of a list which cannot be given by position and is empty by default.
+    """
+    properties = task.parameters.get("properties", {})
+    lists = [
+        name
+        for name, schema in properties.items()
+        if name not in task.positional and schema.get("type") == "array" and schema.get("default") == []
+    ]
+    return lists[0] if len(lists) == 1 else None

@@ -1,0 +1,429 @@
+"""A store in memory, an engine that obeys, a client that speaks ASGI: what the HTTP rooms are tested with."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
+from typing import Any
+from urllib.parse import urlsplit
+
+import httpx
+import msgspec
+import trio
+
+from gateway.app import build_app
+from gateway.auth import Authenticator
+from gateway.fanout import Hub
+from gateway.store.protocol import StoreError
+from gateway.store.rows import AttemptRow, Batch, EventRow, KeyRow, Opened, OutputRow, RunFilter, RunRow
+from gateway.submission import Catalogue, Submission
+from taskkit import tokens
+from taskkit.errors import IdempotencyConflict, LifecycleError
+from taskkit.lifecycle import RunStatus
+from taskkit.settings import Settings
+from taskkit.wire.messages import Answer, Row, TaskInfo
+
+KEY = b"k" * 32
+
+COUNT = TaskInfo(
+    name="demo.count",
+    path="demo.tasks.count",
+    kind="function",
+    doc="Count.",
+    parameters={
+        "type": "object",
+        "properties": {
+            "n": {"type": "integer", "minimum": 0},
+            "delay": {"anyOf": [{"type": "number"}, {"type": "null"}], "default": None},
+            "when": {"type": "string", "format": "date-time"},
+            "mode": {"enum": ["fast", "slow"]},
+            "items": {"type": "array", "items": {"type": "integer"}},
+        },
+        "required": ["n"],
+        "additionalProperties": False,
+    },
+    positional=("n", "delay", "when", "mode", "items"),
+)
+EXAMPLE = TaskInfo(
+    name="demo.ExampleTask",
+    path="demo.models.ExampleTask",
+    kind="model",
+    parameters={
+        "$ref": "#/$defs/Fields",
+        "$defs": {
+            "Fields": {
+                "type": "object",
+                "properties": {"message": {"type": "string"}},
+                "required": ["message"],
+                "additionalProperties": False,
+            }
+        },
+    },
+    timeout=7.0,
+    metadata={"team": "a"},
+)
+
+
+class MemoryStore:
+    """gateway.store.protocol.Store without a disk. `broken` makes every call fail."""
+
+    def __init__(self) -> None:
+        self.rows: dict[int, RunRow] = {}
+        self.event_rows: dict[int, list[EventRow]] = {}
+        self.output_rows: dict[int, list[OutputRow]] = {}
+        self.attempt_rows: list[AttemptRow] = []
+        self.keys: dict[tuple[str, str], KeyRow] = {}
+        self.broken = False
+        self.reads = 0
+        self.blobs: dict[str, bytes] = {}
+
+    async def _check(self) -> None:
+        await trio.lowlevel.checkpoint()
+        self.reads += 1
+        if self.broken:
+            raise StoreError("no space left on device")
+
+    async def open(self) -> Opened:
+        await self._check()
+        return Opened({}, [], {}, 1, 1)
+
+    async def commit(self, batch: Batch) -> None:
+        await self._check()
+
+    async def run(self, id: str) -> RunRow | None:
+        await self._check()
+        return next((replace(row) for row in self.rows.values() if row.id == id), None)
+
+    async def runs(self, which: RunFilter) -> list[RunRow]:
+        await self._check()
+        found = [row for row in self.rows.values() if _selects(which, row)]
+        return sorted(found, key=lambda row: -row.no)[: which.limit]
+
+    async def run_of_row(self, row_key: str) -> RunRow | None:
+        await self._check()
+        found = [row for row in self.rows.values() if row.row_key == row_key]
+        return replace(max(found, key=lambda row: row.no)) if found else None
+
+    async def attempts(self, run: int) -> list[AttemptRow]:
+        await self._check()
+        return [row for row in self.attempt_rows if row.run == run]
+
+    async def events(self, run: int, after: int, limit: int, max_bytes: int) -> list[EventRow]:
+        await self._check()
+        found: list[EventRow] = []
+        size = 0
+        for row in self.event_rows.get(run, []):
+            if row.offset <= after:
+                continue
+            size += len(row.data)
+            if found and (size > max_bytes or len(found) >= limit):
+                break
+            found.append(row)
+        return found
+
+    async def outputs(self, run: int, after: int, limit: int) -> list[OutputRow]:
+        await self._check()
+        return [row for row in self.output_rows.get(run, []) if row.offset > after][:limit]
+
+    async def last_outputs(self, run: int, attempt: int, limit: int) -> list[OutputRow]:
+        await self._check()
+        return [row for row in self.output_rows.get(run, []) if row.attempt == attempt][-limit:]
+
+    async def key(self, subject: str, key: str) -> KeyRow | None:
+        await self._check()
+        return self.keys.get((subject, key))
+
+    async def blob(self, name: str) -> bytes:
+        await self._check()
+        return self.blobs[name]
+
+    async def counts(self) -> dict[str, int]:
+        await self._check()
+        found: dict[str, int] = {}
+        for row in self.rows.values():
+            found[row.status.value] = found.get(row.status.value, 0) + 1
+        return found
+
+    async def close(self) -> None:
+        await self._check()
+
+
+def _selects(which: RunFilter, row: RunRow) -> bool:
+    visible = which.ids is None and which.tasks is None
+    visible = visible or row.id in (which.ids or ())
+    visible = visible or any(fnmatchcase(row.task, pattern) for pattern in which.tasks or ())
+    return (
+        visible
+        and which.status in (None, row.status)
+        and which.task in (None, row.task)
+        and (which.tag is None or which.tag in row.tags)
+        and (which.since is None or row.created_at >= which.since)
+        and (which.until is None or row.created_at < which.until)
+        and (which.before is None or row.no < which.before)
+    )
+
+
+@dataclass
+class View:
+    """A runner as the engine shows it."""
+
+    id: str
+    pid: int
+    pool: str = "default"
+    role: str = "runner"
+    state: str = "IDLE"
+    runs: tuple[str, ...] = ()
+    started_at: float = 0.0
+    runs_done: int = 0
+    last_ending: str | None = None
+
+
+@dataclass
+class StubEngine:
+    """Commits to the memory store and tells the hub, in that order; runs nothing."""
+
+    store: MemoryStore = field(default_factory=MemoryStore)
+    hub: Hub = field(default_factory=Hub)
+    catalogue: Catalogue = field(default_factory=lambda: Catalogue([COUNT, EXAMPLE]))
+    settings: Settings = field(default_factory=Settings)
+    refusal: Exception | None = None
+    answer: Answer | None = None
+    views: list[View] = field(default_factory=list)
+    courier: bool = True
+    created: list[dict[str, Any]] = field(default_factory=list)
+    graces: list[float | None] = field(default_factory=list)
+    submissions: list[Submission] = field(default_factory=list)
+
+    async def submit(self, submission: Submission) -> tuple[RunRow, bool]:
+        await trio.lowlevel.checkpoint()
+        if self.refusal is not None:
+            raise self.refusal
+        known = self.store.keys.get((submission.subject, submission.key or ""))
+        if known is not None:
+            if known.digest != submission.digest:
+                raise IdempotencyConflict("the key was used with another body")
+            found = await self.store.run(known.run)
+            assert found is not None
+            return found, True
+        existing = await self.store.run(submission.id)
+        if existing is not None:
+            return existing, True
+        self.submissions.append(submission)
+        return self.add(submission), False
+
+    def add(self, submission: Submission) -> RunRow:
+        row = RunRow(
+            no=len(self.store.rows) + 1,
+            id=submission.id,
+            task=submission.task.name,
+            args=submission.args,
+            kwargs=submission.kwargs,
+            row_key=None if submission.row is None else submission.row.key,
+            metadata=submission.metadata,
+            tags=submission.tags,
+            subject=submission.subject,
+            created_at=1_700_000_000.0 + len(self.store.rows),
+        )
+        self.store.rows[row.no] = row
+        if submission.key is not None:
+            self.store.keys[submission.subject, submission.key] = KeyRow(
+                submission.subject, submission.key, submission.digest, row.id, row.created_at
+            )
+        self.hub.opened(row.no, 0)
+        return row
+
+    async def cancel(self, run: RunRow, grace: float | None) -> RunRow:
+        await trio.lowlevel.checkpoint()
+        if run.status.is_terminal:
+            raise LifecycleError("the run has ended")
+        self.graces.append(grace)
+        self.store.rows[run.no].cancelling = True
+        return replace(self.store.rows[run.no])
+
+    async def create_row(self, task: TaskInfo, fields: dict[str, Any]) -> Row:
+        await trio.lowlevel.checkpoint()
+        if self.refusal is not None:
+            raise self.refusal
+        self.created.append(fields)
+        return Row(app="demo", model="ExampleTask", pk=len(self.created))
+
+    async def ask(self, app: str, model: str, pk: str) -> Answer:
+        await trio.lowlevel.checkpoint()
+        return self.answer or Answer(ask="1", status="unknown")
+
+    def runners(self) -> list[View]:
+        return self.views
+
+    def statistics(self) -> dict[str, Any]:
+        return {"queued": 0, "courier": self.courier, "runners": len(self.views), "store_error": ""}
+
+    # --- what a run does ------------------------------------------------------------------------------------
+
+    def start(self, task: str = "demo.count", **changes: Any) -> RunRow:
+        """Make a run that is open, and known to the hub."""
+        no = len(self.store.rows) + 1
+        row = RunRow(no=no, id=f"01890a5d-ac96-774b-bcce-{no:012d}", task=task, status=RunStatus.RUNNING)
+        row = replace(row, created_at=1_700_000_000.0 + no, **changes)
+        self.store.rows[no] = row
+        self.store.event_rows.setdefault(no, [])
+        self.hub.opened(no, row.tail)
+        return row
+
+    def emit(self, run: RunRow, *events: tuple[str, Any]) -> None:
+        """Commit events, then publish them."""
+        row = self.store.rows[run.no]
+        new: list[EventRow] = []
+        for type, data in events:
+            row.tail += 1
+            packed = data if isinstance(data, bytes) else msgspec.json.encode(data)
+            new.append(EventRow(row.tail, run.no, row.tail, 1, type, packed, 1_700_000_000.0))
+        self.store.event_rows.setdefault(run.no, []).extend(new)
+        self.hub.publish(run.no, new)
+
+    def say(self, run: RunRow, *texts: str, stream: str = "stdout") -> None:
+        """Commit output lines, then publish them."""
+        row = self.store.rows[run.no]
+        new: list[OutputRow] = []
+        for text in texts:
+            row.lines += 1
+            new.append(OutputRow(run.no, row.lines, row.tail, 1, stream, text, 1_700_000_000.0))
+        self.store.output_rows.setdefault(run.no, []).extend(new)
+        self.hub.publish_output(run.no, new)
+
+    def end(self, run: RunRow, status: RunStatus = RunStatus.SUCCESSFUL, result: Any = None) -> None:
+        """Commit the outcome with `stream.end`, publish, tell the hub."""
+        row = self.store.rows[run.no]
+        row.status, row.finished_at = status, 1_700_000_100.0
+        data: dict[str, Any] = {"status": status.value}
+        if status is RunStatus.SUCCESSFUL:
+            row.result = msgspec.json.encode(result)
+            data["result"] = result
+        else:
+            row.error = b'{"code":"raised","message":"boom"}'
+        self.emit(run, ("stream.end", data))
+        self.hub.ended(run.no)
+
+
+def token(**claims: Any) -> str:
+    """Return a token that may do everything, unless said otherwise."""
+    given: dict[str, Any] = {"actions": tokens.ACTIONS, "runs": "*", "tasks": ("*",), "ttl": 3600.0}
+    return tokens.issue(KEY, **{"subject": "me", **given, **claims})
+
+
+def app_of(engine: StubEngine) -> Any:
+    """Return the application over `engine`."""
+    return build_app(engine, Authenticator(KEY, ["testserver"], engine.settings.cors_origins))
+
+
+@asynccontextmanager
+async def client_of(engine: StubEngine, bearer: str | None = None) -> AsyncIterator[httpx.AsyncClient]:
+    """Give an httpx client of the application; it buffers whole responses."""
+    transport = httpx.ASGITransport(app=app_of(engine), raise_app_exceptions=False)
+    headers = {"Authorization": f"Bearer {token() if bearer is None else bearer}"}
+    if bearer == "":
+        headers = {}
+    async with httpx.AsyncClient(
+        transport=transport, base_url="http://testserver", headers=headers
+    ) as client:
+        yield client
+
+
+class Exchange:
+    """One request spoken in ASGI, message by message: what a stream says as it says it."""
+
+    def __init__(self, path: str, method: str = "GET", **headers: str) -> None:
+        parts = urlsplit(path)
+        self.status = 0
+        self.headers: dict[str, str] = {}
+        self.chunks: list[bytes] = []
+        self.ended = False
+        self.returned = False
+        self.news = trio.Event()
+        self._gone = trio.Event()
+        self._asked = False
+        sent = {"host": "testserver", "authorization": f"Bearer {token()}"} | {
+            name.replace("_", "-"): value for name, value in headers.items()
+        }
+        self.scope = {
+            "type": "http",
+            "asgi": {"version": "3.0", "spec_version": "2.1"},
+            "http_version": "1.1",
+            "method": method,
+            "scheme": "http",
+            "path": parts.path,
+            "raw_path": parts.path.encode(),
+            "query_string": parts.query.encode(),
+            "root_path": "",
+            "headers": [(name.encode(), value.encode()) for name, value in sent.items()],
+            "client": ("127.0.0.1", 1),
+            "server": ("testserver", 80),
+            "state": {},
+        }
+
+    @property
+    def body(self) -> bytes:
+        return b"".join(self.chunks)
+
+    @property
+    def events(self) -> list[tuple[str, str, str]]:
+        """What an EventSource would dispatch: id, type, data."""
+        found: list[tuple[str, str, str]] = []
+        id = ""
+        for block in self.body.decode().split("\n\n"):
+            fields: dict[str, list[str]] = {}
+            for line in block.split("\n"):
+                name, _, value = line.partition(":")
+                fields.setdefault(name, []).append(value.removeprefix(" "))
+            id = fields.get("id", [id])[-1]
+            if "data" in fields:
+                found.append((id, fields.get("event", ["message"])[-1], "\n".join(fields["data"])))
+        return found
+
+    async def receive(self) -> dict[str, Any]:
+        if not self._asked:
+            self._asked = True
+            return {"type": "http.request", "body": b"", "more_body": False}
+        await self._gone.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(self, message: dict[str, Any]) -> None:
+        await trio.lowlevel.checkpoint()
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+            self.headers = {name.decode(): value.decode() for name, value in message["headers"]}
+        else:
+            assert not self.ended, "a send behind the last one"
+            self.chunks.append(message.get("body", b""))
+            self.ended = not message.get("more_body", False)
+        self.news.set()
+        self.news = trio.Event()
+
+    def leave(self) -> None:
+        """Close the connection from the client's side."""
+        self._gone.set()
+
+    async def run(self, app: Any) -> None:
+        await app(self.scope, self.receive, self.send)
+        self.returned = True
+        self.news.set()
+        self.news = trio.Event()
+
+    async def until(self, text: bytes | None = None, seconds: float = 5.0) -> None:
+        """Wait until the body has `text`, or until the response is over."""
+        with trio.fail_after(seconds):
+            while not (self.returned if text is None else text in self.body):
+                await self.news.wait()
+
+
+@asynccontextmanager
+async def exchange(
+    engine: StubEngine, path: str, method: str = "GET", **headers: str
+) -> AsyncIterator[Exchange]:
+    """Give a request under way; it is cut off at the end of the block."""
+    one = Exchange(path, method, **headers)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(one.run, app_of(engine))
+        yield one
+        nursery.cancel_scope.cancel()

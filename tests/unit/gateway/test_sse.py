@@ -1,0 +1,116 @@
+"""Bytes of a stream."""
+
+from __future__ import annotations
+
+import json
+import random
+
+import pytest
+
+from gateway import sse
+from gateway.sse import Cursor, Origin
+
+
+def test_an_event_is_id_event_data_and_a_blank_line() -> None:
+    assert sse.event_bytes(7, "progress", b'{"a":1}') == b'id: 7\nevent: progress\ndata: {"a":1}\n\n'
+
+
+def test_an_event_without_offset_leaves_the_cursor_alone() -> None:
+    assert sse.event_bytes(None, "x", b"1") == b"event: x\ndata: 1\n\n"
+
+
+def test_a_name_cannot_forge_an_event() -> None:
+    block = sse.event_bytes(1, "a\r\n\r\nevent: b\0", b"1")
+    assert block.count(b"\n\n") == 1
+    assert b"\r" not in block
+    assert b"\0" not in block
+
+
+@pytest.mark.parametrize("data", [b"a\nb", b"a\rb", b"a\r\nb"])
+def test_data_is_split_at_every_line_break(data: bytes) -> None:
+    assert sse.event_bytes(1, "x", data) == b"id: 1\nevent: x\ndata: a\ndata: b\n\n"
+
+
+def test_other_separators_are_no_line_breaks() -> None:
+    data = '"\u2028\u0085\x0b"'.encode()
+    assert sse.event_bytes(1, "x", data) == b"id: 1\nevent: x\ndata: " + data + b"\n\n"
+
+
+def test_any_data_stays_one_event(rng: random.Random) -> None:
+    for _ in range(300):
+        data = bytes(rng.choice(b'ab\r\n:"{}\0 ') for _ in range(rng.randrange(40)))
+        block = sse.event_bytes(3, "x", data)
+        assert block.endswith(b"\n\n")
+        assert b"\n\n" not in block[:-2]
+        assert all(line.startswith(b"data: ") for line in block.split(b"\n")[2:-2])
+
+
+def test_control_blocks() -> None:
+    assert sse.comment("hi\nthere") == b": hithere\n\n"
+    assert sse.comment() == sse.HEARTBEAT == b":\n\n"
+    assert sse.retry(1500) == b"retry: 1500\n\n"
+    assert sse.reset_event(5, "trimmed") == (
+        b'id: 4\nevent: stream.reset\ndata: {"from":5,"reason":"trimmed"}\n\n'
+    )
+    assert sse.reset_event(1, "ahead").startswith(b"id: 0\n")
+
+
+def test_ndjson_is_one_line_of_json_whatever_comes() -> None:
+    line = sse.ndjson_line(3, 'a"\n\u2028', b'{"x":\r\n1}')
+    assert line.count(b"\n") == 1
+    assert json.loads(line) == {"id": "3", "type": 'a"\n\u2028', "data": {"x": 1}}
+    assert json.loads(sse.ndjson_line("3.4", "log", b"")) == {"id": "3.4", "type": "log", "data": None}
+
+
+@pytest.mark.parametrize(
+    ("data", "text"),
+    [
+        (b'{"value":"hi"}', b"hi\n"),
+        (b'{"value":"a\\nb\\n","_run":"x"}', b"a\nb\n"),
+        (b'{"value":3}', b""),
+        (b'{"other":"value"}', b""),
+        (b'["value"]', b""),
+        (b'{"value"', b""),
+    ],
+)
+def test_text_is_what_was_said_as_text(data: bytes, text: bytes) -> None:
+    assert sse.plain_text(data) == text
+
+
+@pytest.mark.parametrize(
+    ("header", "query", "cursor"),
+    [
+        (None, {}, Cursor()),
+        ("", {}, Cursor()),
+        ("12", {"after": "3"}, Cursor(offset=12)),
+        ("", {"after": "3"}, Cursor(offset=3)),
+        (None, {"after": "0"}, Cursor()),
+        (None, {"last_event_id": "4"}, Cursor(offset=4)),
+        (None, {"lastEventId": "5"}, Cursor(offset=5)),
+        (None, {"after": "6.7"}, Cursor(offset=6, line=7)),
+        (None, {"after": "latest"}, Cursor(origin=Origin.LATEST)),
+        (None, {"after": "now"}, Cursor(origin=Origin.NOW)),
+    ],
+)
+def test_cursors_of_a_request(header: str | None, query: dict[str, str], cursor: Cursor) -> None:
+    assert sse.parse_cursor(header, query) == cursor
+
+
+@pytest.mark.parametrize(
+    "text", ["x", "-1", "1.", ".1", "1.2.3", "\uff19", "1" * 19, "0" * 200, "latest", " 1"]
+)
+def test_malformed_last_event_id(text: str) -> None:
+    with pytest.raises(ValueError, match="malformed"):
+        sse.parse_cursor(text, {})
+
+
+def test_an_empty_parameter_is_malformed() -> None:
+    with pytest.raises(ValueError, match="malformed"):
+        sse.parse_cursor(None, {"after": ""})
+
+
+def test_cursors_resolve_against_the_newest_event() -> None:
+    assert Cursor(offset=4).resolve(9) == 4
+    assert Cursor(origin=Origin.LATEST).resolve(9) == 8
+    assert Cursor(origin=Origin.LATEST).resolve(0) == 0
+    assert Cursor(origin=Origin.NOW).resolve(9) == 9
