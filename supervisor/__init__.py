@@ -1,0 +1,1 @@
+"""The process tree: spawning, watching, limiting, ending processes; handing over their descriptors."""

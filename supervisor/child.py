@@ -1,0 +1,139 @@
+"""One child process, from its birth to the exit status."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import resource
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import trio
+
+from taskkit.lifecycle import ProcessEvent, ProcessState, next_process_state
+
+
+@dataclass(frozen=True, slots=True)
+class Exit:
+    """How a process left: `status` as from waitpid, `max_rss` in bytes, `cpu` in seconds."""
+
+    status: int
+    max_rss: int
+    cpu: float
+
+    def __str__(self) -> str:
+        if os.WIFSIGNALED(self.status):
+            return signal.Signals(os.WTERMSIG(self.status)).name
+        return f"exit code {os.waitstatus_to_exitcode(self.status)}"
+
+
+class Child:
+    """A process whose parent is this one. Owns the pidfd, so the pid cannot become another's unnoticed.
+
+    Args:
+      name: for status and log.
+      group: whether it leads a process group that is to be ended with it.
+    """
+
+    def __init__(self, name: str, pid: int, pidfd: int, *, group: bool = False) -> None:
+        self.name = name
+        self.pid = pid
+        self.started_at = trio.current_time()
+        self.state = ProcessState.STARTING
+        self.exit: Exit | None = None
+        self._pidfd = pidfd
+        self._group = group
+        self._watched: trio.Event | None = None
+
+    def happen(self, event: ProcessEvent) -> None:
+        """Move to the next state."""
+        self.state = next_process_state(self.state, event)
+
+    async def wait(self) -> Exit:
+        """Wait for the end, kill what its group left behind, reap. Any number of tasks may wait.
+
+        One of them watches the pidfd; when it is cancelled, another takes over.
+        """
+        while self.exit is None:
+            if self._watched is not None:
+                await self._watched.wait()
+                continue
+            self._watched = trio.Event()
+            try:
+                await trio.lowlevel.wait_readable(self._pidfd)
+                self._reap()
+            finally:
+                watched, self._watched = self._watched, None
+                watched.set()
+        return self.exit
+
+    def _reap(self) -> None:
+        if self._group:
+            # Before reaping: as long as the leader is a zombie, its group's number cannot be taken by another.
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self.pid, signal.SIGKILL)
+        _, status, usage = os.wait4(self.pid, 0)
+        self.exit = _exit_of(status, usage)
+        with contextlib.suppress(Exception):
+            self.happen(ProcessEvent.EXIT)
+        trio.lowlevel.notify_closing(self._pidfd)
+        os.close(self._pidfd)
+
+    def send_signal(self, number: signal.Signals) -> None:
+        """Signal the process; nothing happens when it has ended."""
+        if self.exit is None:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self._pidfd, number)
+
+    async def end(self, grace: float) -> Exit:
+        """TERM, then KILL after `grace` seconds; return when it is gone. A stopped process dies of KILL, too."""
+        self.terminate()
+        with trio.move_on_after(grace):
+            return await self.wait()
+        self.send_signal(signal.SIGKILL)
+        with trio.move_on_after(10, shield=True):  # SIGKILL cannot be refused, only delayed by the kernel
+            return await self.wait()
+        raise OSError(f"{self.name} (pid {self.pid}) does not die of SIGKILL: it waits inside the kernel")
+
+    def terminate(self) -> None:
+        """Ask the process to leave."""
+        with contextlib.suppress(Exception):
+            self.happen(ProcessEvent.TERMINATE)
+        self.send_signal(signal.SIGTERM)
+
+
+def _exit_of(status: int, usage: resource.struct_rusage) -> Exit:
+    return Exit(status, usage.ru_maxrss * 1024, usage.ru_utime + usage.ru_stime)
+
+
+def spawn(
+    name: str,
+    module: str,
+    arguments: Sequence[str],
+    fds: Sequence[int],
+    *,
+    session: bool,
+    group: bool = False,
+) -> Child:
+    """Start `python -m module arguments` with only `fds` open besides the standard ones.
+
+    Must be called in the main thread: a child's PDEATHSIG is bound to the thread that made it, and trio's own
+    open_process uses a worker thread that ends after ten idle seconds and would take the child along.
+
+    Raises:
+      OSError: the system has no room for another process.
+    """
+    process = subprocess.Popen(
+        [sys.executable, "-P", "-m", module, *arguments],
+        stdin=subprocess.DEVNULL,
+        pass_fds=tuple(fds),
+        start_new_session=session,
+        process_group=0 if group and not session else None,
+    )
+    child = Child(name, process.pid, os.pidfd_open(process.pid), group=group or session)
+    # Popen would reap it behind our back at garbage collection, and warn.
+    process.returncode = 0
+    return child

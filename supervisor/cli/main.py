@@ -1,0 +1,65 @@
+"""The command `bulkhead`: its commands, the exit code of what goes wrong in them."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+import typer
+
+from supervisor.cli import demo, exits, runs, token, tree
+from supervisor.cli.output import print_error
+from taskkit.errors import SettingsError, SupervisorError, TaskkitError
+
+#: Plain help: rich's would cost 70 ms at every `--help`.
+app = typer.Typer(
+    name="bulkhead",
+    help="Django's long and heavy tasks, each in a process of its own, streamed live to browsers.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for command in (
+    tree.run,
+    demo.demo,
+    tree.start,
+    tree.stop,
+    tree.restart,
+    tree.status,
+    runs.submit,
+    runs.follow,
+    runs.runs,
+    runs.runners,
+    runs.cancel,
+    runs.logs,
+    token.token,
+):
+    app.command()(command)
+
+
+def exit_code_of(error: TaskkitError) -> int:
+    """Return the exit code for an error that ends a command."""
+    if isinstance(error, SupervisorError):
+        return error.exit_code
+    return exits.BAD_CONFIGURATION if isinstance(error, SettingsError) else exits.FAILED
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; return its exit code. Errors of ours become one message without a traceback."""
+    try:
+        app(args=None if arguments is None else list(arguments), prog_name="bulkhead")
+    except SystemExit as leaving:
+        return leaving.code if isinstance(leaving.code, int) else exits.OK
+    except TaskkitError as error:
+        print_error(str(error))
+        return exit_code_of(error)
+    except KeyboardInterrupt:
+        return exits.FAILED
+    except BrokenPipeError:
+        # The reader has left (`| head`). The interpreter flushes once more at its end: give it a place to.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return exits.FAILED
+    return exits.OK

@@ -1,0 +1,124 @@
+"""The supervisor's side of the courier: forked, linked to the gateway, replaced when it dies or hangs."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Awaitable, Callable
+from typing import Final
+
+import trio
+
+from supervisor.child import Child
+from supervisor.policy import RestartPolicy
+from supervisor.zygote_client import ForkError
+from taskkit import linux
+from taskkit.channel import Channel
+from taskkit.errors import RemoteWireError
+from taskkit.lifecycle import ProcessEvent
+from taskkit.wire.messages import Beat, CourierMessage, CourierReady, Link, Message, Stop
+
+logger = logging.getLogger("bulkhead.supervisor")
+
+#: Seconds without a beat after which a courier hangs. A database statement may take long, so ten times its beat and
+#: then some.
+BEAT_SECONDS: Final = 60.0
+
+
+class Courier:
+    """The courier of this tree, one process after the other. Its death disturbs no run and no stream.
+
+    Args:
+      make: makes the process: takes (control, faults) descriptors, returns the child.
+      to_gateway: sends to the present gateway.
+    """
+
+    def __init__(
+        self,
+        *,
+        make: Callable[[int, int], Awaitable[Child]],
+        to_gateway: Callable[[Message, list[int]], None],
+        gateway_is_up: Callable[[], bool],
+    ) -> None:
+        self._make = make
+        self._to_gateway = to_gateway
+        self._gateway_is_up = gateway_is_up
+        self._channel: Channel[CourierReady | Beat] | None = None
+        # It never gives up: the project's database may be away for days.
+        self.policy = RestartPolicy(intensity=None)
+        self.child: Child | None = None
+        self.stopping = False
+        self.last_exit = ""
+
+    def link(self) -> None:
+        """Give gateway and courier a fresh socket to each other; an older one is void."""
+        if self._channel is None or not self._gateway_is_up():
+            return
+        one, other = linux.seqpacket_pair()
+        with one, other:
+            self._channel.send(Link(), [one.fileno()])
+            self._to_gateway(Link(), [other.fileno()])
+
+    async def run(self) -> None:
+        """Keep a courier alive until it leaves while stopping."""
+        while True:
+            try:
+                await self._one()
+            except (ForkError, OSError) as error:
+                self.last_exit = str(error)
+            if self.stopping:
+                return
+            delay = self.policy.died(trio.current_time())
+            assert delay is not None
+            logger.warning("the courier is away (%s); starting another in %.1f s", self.last_exit, delay)
+            await trio.sleep(delay)
+
+    async def _one(self) -> None:
+        ours, theirs = linux.seqpacket_pair()
+        faults = os.memfd_create("bulkhead-faults", os.MFD_CLOEXEC)
+        channel: Channel[CourierReady | Beat] = Channel(ours, CourierMessage)
+        try:
+            with theirs:
+                self.child = child = await self._make(theirs.fileno(), faults)
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(child.wait)
+                nursery.start_soon(channel.run)
+                try:
+                    await self._listen(channel, child)
+                finally:
+                    self._channel = None
+                    with trio.CancelScope(shield=True):
+                        self.last_exit = str(await child.end(2.0))
+                    nursery.cancel_scope.cancel()
+        finally:
+            channel.close()
+            os.close(faults)
+
+    async def _listen(self, channel: Channel[CourierReady | Beat], child: Child) -> None:
+        while True:
+            try:
+                with trio.fail_after(BEAT_SECONDS):
+                    message, fds = await channel.receive()
+            except (trio.EndOfChannel, RemoteWireError):
+                return
+            except trio.TooSlowError:
+                logger.error("the courier has not said anything for %.0f s; it is replaced", BEAT_SECONDS)
+                return
+            for fd in fds:
+                os.close(fd)
+            if isinstance(message, CourierReady):
+                child.happen(ProcessEvent.READY)
+                self.policy.ready(trio.current_time())
+                self._channel = channel
+                self.link()
+
+    async def stop(self, grace: float) -> None:
+        """Ask it to finish the message at hand and leave; TERM and KILL follow."""
+        self.stopping = True
+        if self._channel is not None:
+            self._channel.send(Stop())
+        if self.child is not None and self.child.exit is None:
+            with trio.move_on_after(grace):
+                await self.child.wait()
+                return
+            await self.child.end(1.0)

@@ -1,0 +1,71 @@
+"""When runners have to be ended: deadlines that stand still while no gateway listens. Pure.
+
+A run must not be ended for being slow while its events pipe is blocked because the gateway is being replaced, so the
+ledger is paused then. Time is a monotonic reading in seconds that the caller hands in.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+from taskkit.wire.messages import Deadline
+
+_FOREVER: Final = float("inf")
+
+
+@dataclass(frozen=True, slots=True)
+class Due:
+    """A deadline has passed: send TERM to the runner now, KILL `grace` seconds later."""
+
+    runner: str
+    token: str
+    kind: str
+    grace: float
+
+
+class DeadlineLedger:
+    """All deadlines of one tree."""
+
+    def __init__(self) -> None:
+        self._at: dict[tuple[str, str, str], tuple[float, float]] = {}
+        self._paused_at: float | None = None
+
+    def arm(self, order: Deadline, now: float) -> None:
+        """Add a deadline, or replace the one of the same runner, token and kind."""
+        self._at[order.runner, order.token, order.kind] = (now + order.after, order.grace)
+
+    def disarm(self, runner: str, token: str | None = None) -> None:
+        """Forget the deadlines of one attempt, or of a runner that is dead."""
+        for key in [key for key in self._at if key[0] == runner and token in (None, key[1])]:
+            del self._at[key]
+
+    def pause(self, now: float) -> None:
+        """Time stands still from here on."""
+        if self._paused_at is None:
+            self._paused_at = now
+
+    def resume(self, now: float) -> None:
+        """Time goes on: every deadline moves by as long as it stood still."""
+        if self._paused_at is None:
+            return
+        stood, self._paused_at = now - self._paused_at, None
+        self._at = {key: (at + stood, grace) for key, (at, grace) in self._at.items()}
+
+    def next(self) -> float:
+        """Return when the next deadline passes; infinity when none does, or time stands still."""
+        if self._paused_at is not None:
+            return _FOREVER
+        return min((at for at, _ in self._at.values()), default=_FOREVER)
+
+    def due(self, now: float) -> list[Due]:
+        """Take out and return what has passed, earliest first."""
+        if self._paused_at is not None:
+            return []
+        passed = sorted((at, key, grace) for key, (at, grace) in self._at.items() if at <= now)
+        for _, key, _ in passed:
+            del self._at[key]
+        return [Due(*key, grace) for _, key, grace in passed]
+
+    def __len__(self) -> int:
+        return len(self._at)

@@ -1,0 +1,275 @@
+"""All runners of the tree: their descriptors from birth until the gateway has drained them."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import secrets
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+import msgspec
+import trio
+
+from supervisor import memory
+from supervisor.causes import Death, classify
+from supervisor.child import Child, Exit, spawn
+from supervisor.config import Config
+from supervisor.zygote_client import Zygote
+from taskkit import linux, seqpacket
+from taskkit.lifecycle import ProcessEvent
+from taskkit.settings import PoolSettings, Settings
+from taskkit.wire.codec import pack
+from taskkit.wire.framing import PIPE_SIZE
+from taskkit.wire.messages import Cause, Exited, Fork, RunnerSpec, RunnerUp
+
+logger = logging.getLogger("bulkhead.supervisor")
+
+#: Bytes of a fatal signal's traceback that are kept.
+_FAULT_BYTES: Final = 16 * 1024
+
+#: Bytes asked for the output pipe.
+_OUTPUT_SIZE: Final = 64 * 1024
+
+#: Pool of the runners that validate and save submitted rows.
+INTAKE: Final = "intake"
+
+
+@dataclass(slots=True)
+class Ends:
+    """One runner's descriptors: the far ones go to the runner, the near ones stay here and go to each gateway."""
+
+    near: tuple[int, int, int]
+    far: tuple[int, int, int]
+    faults: int
+    pipe_size: int
+
+    def close_far(self) -> None:
+        """The runner has them now."""
+        seqpacket.close_all(list(self.far))
+
+    def close_near(self) -> None:
+        """Nobody will read them any more."""
+        seqpacket.close_all([*self.near, self.faults])
+
+
+def open_ends() -> Ends:
+    """Make the pipes, the socket and the fault file of one runner.
+
+    Raises:
+      OSError: EMFILE or ENFILE; nothing is left open.
+    """
+    opened: list[int] = []
+    try:
+        events = os.pipe2(os.O_CLOEXEC)
+        opened += events
+        output = os.pipe2(os.O_CLOEXEC)
+        opened += output
+        gateway_side, runner_side = linux.seqpacket_pair()
+        orders = (gateway_side.detach(), runner_side.detach())
+        opened += orders
+        faults = os.memfd_create("bulkhead-faults", os.MFD_CLOEXEC)
+        opened.append(faults)
+        size = linux.set_pipe_size(events[1], PIPE_SIZE)
+        linux.set_pipe_size(output[1], _OUTPUT_SIZE)
+    except BaseException:
+        seqpacket.close_all(opened)
+        raise
+    return Ends((events[0], output[0], orders[0]), (events[1], output[1], orders[1]), faults, size)
+
+
+@dataclass(slots=True)
+class Runner:
+    """One runner.
+
+    Attributes:
+      retired: the gateway has given it its last run.
+      used: the gateway has given it a run at all.
+      ordered: cause to report when the supervisor ends it.
+    """
+
+    spec: RunnerSpec
+    child: Child
+    ends: Ends
+    started_at: float
+    retired: bool = False
+    used: bool = False
+    ordered: str = ""
+    detail: str = ""
+    exited: Exited | None = None
+
+    def announcement(self, *, adopted: bool) -> RunnerUp:
+        """The message that brings it to a gateway."""
+        return RunnerUp(spec=self.spec, pid=self.child.pid, started_at=self.started_at, adopted=adopted)
+
+
+@dataclass(slots=True)
+class Runners:
+    """The runners by id, from birth until drained.
+
+    Args:
+      on_up, on_exit: told synchronously.
+    """
+
+    config: Config
+    settings: Settings
+    state_dir: Path
+    nursery: trio.Nursery
+    on_up: Callable[[Runner], None]
+    on_exit: Callable[[Runner], None]
+    all: dict[str, Runner] = field(default_factory=dict)
+    _prefix: str = field(default_factory=lambda: secrets.token_hex(3))
+    _count: int = 0
+    _spawning: int = 0
+    _blobs: int = -1
+    _oom: memory.OomCounter = field(default_factory=memory.OomCounter)
+
+    def spec(self, pool: str, settings: PoolSettings) -> RunnerSpec:
+        """Return the spec of the next runner of a pool."""
+        self._count += 1
+        return RunnerSpec(
+            id=f"{self._prefix}-{self._count}",
+            pool=pool,
+            role=INTAKE if pool == INTAKE else "runner",
+            concurrency=settings.concurrency,
+            runs=settings.runs,
+            loop=settings.loop,
+            nice=settings.nice,
+            memory_limit=settings.memory_limit,
+            cpu_limit=settings.cpu_limit,
+            event_limit=self.settings.limits.event_bytes,
+            result_limit=self.settings.limits.result_bytes,
+        )
+
+    @property
+    def births(self) -> int:
+        """Spawned children that are not registered yet."""
+        return self._spawning
+
+    def living(self, pool: str) -> list[Runner]:
+        """Return the runners of a pool that have not died."""
+        return [r for r in self.all.values() if r.spec.pool == pool and r.exited is None]
+
+    async def fork(self, zygote: Zygote, specs: Sequence[RunnerSpec]) -> None:
+        """Have the zygote fork these runners, all by one order, and announce them.
+
+        Raises:
+          ForkError: they did not come about; nothing is left behind.
+          OSError: no descriptors are left.
+        """
+        made: list[Ends] = []
+        try:
+            for _ in specs:
+                made.append(open_ends())  # noqa: PERF401 - those made so far are closed when the next one fails
+            ready = [_with_size(spec, ends) for spec, ends in zip(specs, made, strict=True)]
+            fds = [fd for ends in made for fd in (*ends.far, ends.faults, self._blob_directory())]
+            born = await zygote.fork(ready, fds)
+        except BaseException:
+            for ends in made:
+                ends.close_far()
+                ends.close_near()
+            raise
+        for spec, ends, (pid, pidfd) in zip(ready, made, born, strict=True):
+            self._register(spec, ends, Child(spec.id, pid, pidfd, group=True))
+
+    async def spawn(self, spec: RunnerSpec) -> None:
+        """Start one runner by exec, for pools whose libraries do not survive a fork.
+
+        Raises:
+          OSError: no descriptors or processes are left.
+        """
+        ends = open_ends()
+        spec = _with_size(spec, ends)
+        try:
+            child = spawn_role(
+                self.config,
+                f"{spec.role} {spec.id}",
+                Fork(ask=0, runners=[spec]),
+                (*ends.far, ends.faults, self._blob_directory()),
+            )
+        except BaseException:
+            ends.close_far()
+            ends.close_near()
+            raise
+        self._register(spec, ends, child)
+
+    def _blob_directory(self) -> int:
+        if self._blobs == -1:
+            self._blobs = os.open(self.state_dir / "blobs", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        return self._blobs
+
+    def _register(self, spec: RunnerSpec, ends: Ends, child: Child) -> None:
+        ends.close_far()
+        child.happen(ProcessEvent.READY)
+        runner = Runner(spec, child, ends, time.time())
+        self.all[spec.id] = runner
+        self.nursery.start_soon(self._await_death, runner)
+        self.on_up(runner)
+
+    async def _await_death(self, runner: Runner) -> None:
+        left = await runner.child.wait()
+        runner.exited = Exited(runner=runner.spec.id, cause=self._cause(runner, left))
+        self.on_exit(runner)
+
+    def _cause(self, runner: Runner, left: Exit) -> Cause:
+        faults = linux.read_from_start(runner.ends.faults, _FAULT_BYTES).decode("utf-8", "replace")
+        return classify(
+            Death(
+                status=left.status,
+                max_rss=left.max_rss,
+                cpu=left.cpu,
+                ordered=runner.ordered,
+                detail=runner.detail,
+                faults=faults,
+                oom_kills=self._oom.since_last(),
+                memory_pressure=memory.is_scarce(),
+            )
+        )
+
+    def drained(self, id: str) -> Runner | None:
+        """The gateway has committed and consumed everything of a dead runner: let its descriptors go."""
+        runner = self.all.get(id)
+        if runner is None or runner.exited is None:
+            return None
+        del self.all[id]
+        runner.ends.close_near()
+        return runner
+
+    def close(self) -> None:
+        """Let go of every descriptor."""
+        for runner in self.all.values():
+            runner.ends.close_near()
+        self.all.clear()
+        if self._blobs != -1:
+            os.close(self._blobs)
+            self._blobs = -1
+
+
+def _with_size(spec: RunnerSpec, ends: Ends) -> RunnerSpec:
+    return msgspec.structs.replace(spec, pipe_size=ends.pipe_size)
+
+
+def spawn_role(config: Config, name: str, order: Fork, fds: Sequence[int]) -> Child:
+    """Start a child by exec that becomes what `order` says."""
+    ours, theirs = linux.seqpacket_pair()
+    options = {
+        "settings_module": config.settings_module,
+        "path": list(config.path),
+        "supervisor": os.getpid(),
+        "name": name,
+    }
+    with ours, theirs:
+        # Before the child exists: the packet waits in its socket while it imports the project.
+        seqpacket.send(ours, pack(order), tuple(fds))
+        return spawn(
+            name,
+            "taskkit.zygote.spawned",
+            [str(theirs.fileno()), json.dumps(options)],
+            [theirs.fileno()],
+            session=False,
+            group=True,
+        )

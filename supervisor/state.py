@@ -1,0 +1,74 @@
+"""The state directory: made, locked, told apart from another supervisor's."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+from pathlib import Path
+
+import psutil
+
+from taskkit.errors import AlreadyRunning, SettingsError
+
+#: Names inside the state directory; for ever.
+LOCK = "lock"
+CONTROL_SOCKET = "control.sock"
+POKE_SOCKET = "poke.sock"
+BLOBS = "blobs"
+KEY = "key"
+
+
+class StateDirectory:
+    """One supervisor's directory. The lock goes with the process, however it dies."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lock = -1
+
+    def acquire(self) -> None:
+        """Make the directory (0700) and lock it.
+
+        Raises:
+          AlreadyRunning: another supervisor holds the lock; the message names its pid.
+          SettingsError: the directory cannot be made or written.
+        """
+        try:
+            self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            (self.path / BLOBS).mkdir(mode=0o700, exist_ok=True)
+            lock = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise SettingsError(
+                f"STATE_DIR = {str(self.path)!r}: {error.strerror}; choose a directory that this user may write "
+                "(--state-dir, TASKKIT_STATE_DIR, or STATE_DIR in settings)"
+            ) from error
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = self._holder(lock)
+            os.close(lock)
+            raise AlreadyRunning(
+                f"a supervisor{holder} is running on {self.path}; `bulkhead status` shows it, `bulkhead stop` stops "
+                "it, --state-dir chooses another directory"
+            ) from None
+        os.ftruncate(lock, 0)
+        record = {"pid": os.getpid(), "started": psutil.Process().create_time()}
+        os.pwrite(lock, json.dumps(record).encode() + b"\n", 0)
+        self._lock = lock
+
+    @staticmethod
+    def _holder(lock: int) -> str:
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            return f" (pid {json.loads(os.pread(lock, 1000, 0))['pid']})"
+        return ""
+
+    def release(self) -> None:
+        """Remove what another supervisor would trip over, then let go of the lock."""
+        for name in (CONTROL_SOCKET, POKE_SOCKET):
+            with contextlib.suppress(FileNotFoundError):
+                (self.path / name).unlink()
+        if self._lock != -1:
+            os.ftruncate(self._lock, 0)
+            os.close(self._lock)
+            self._lock = -1

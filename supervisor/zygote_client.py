@@ -1,0 +1,172 @@
+"""The supervisor's side of one zygote: start it, learn what it found, have it fork."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import trio
+
+from supervisor.child import Child, spawn
+from supervisor.config import Config
+from taskkit import linux
+from taskkit.channel import Channel
+from taskkit.errors import NeverReady, RemoteWireError
+from taskkit.lifecycle import ProcessEvent
+from taskkit.wire.messages import (
+    Fork,
+    Forked,
+    ForkFailed,
+    RunnerSpec,
+    ZygoteFailed,
+    ZygoteMessage,
+    ZygoteReady,
+)
+
+logger = logging.getLogger("bulkhead.supervisor")
+
+#: Seconds until the project has to be imported. Large projects take ten; ten times that is a project that hangs.
+READY_SECONDS: Final = 120.0
+
+#: Seconds until a fork has to be answered; it takes milliseconds. A zygote that misses it is killed and replaced.
+FORK_SECONDS: Final = 5.0
+
+
+class ForkError(Exception):
+    """The zygote could not fork, or is gone; descriptors are still the caller's."""
+
+
+@dataclass(slots=True)
+class _Pending:
+    expected: int
+    done: trio.Event
+    born: dict[int, tuple[int, int]]  # pid and pidfd by index
+    failure: str = ""
+
+
+class Zygote:
+    """A zygote process of one code version."""
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        self._asks = 0
+        self._pending: dict[int, _Pending] = {}
+        self.child: Child
+        self._channel: Channel[Forked | ForkFailed | ZygoteReady | ZygoteFailed]
+
+    @property
+    def births(self) -> int:
+        """Forks under way."""
+        return len(self._pending)
+
+    async def run(self, *, task_status: trio.TaskStatus[ZygoteReady]) -> None:
+        """Start the process; `started` with its first message. Returns when it has died and is reaped.
+
+        Raises:
+          NeverReady: the project cannot be imported or does not survive a fork; the message has the whole story.
+        """
+        ours, theirs = linux.seqpacket_pair()
+        options = {
+            "settings_module": self._config.settings_module,
+            "path": list(self._config.path),
+            "migrate": self._config.demo,
+            "supervisor": os.getpid(),
+        }
+        with theirs:
+            self.child = spawn(
+                "zygote",
+                "taskkit.zygote",
+                [str(theirs.fileno()), json.dumps(options)],
+                [theirs.fileno()],
+                session=True,
+            )
+        self._channel = Channel(ours, ZygoteMessage)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self.child.wait)
+            nursery.start_soon(self._channel.run)
+            try:
+                task_status.started(await self._first_message())
+                self.child.happen(ProcessEvent.READY)
+                await self._listen()
+            finally:
+                self._fail_pending("the zygote is gone")
+                self._channel.close()
+                with trio.CancelScope(shield=True):
+                    await self.child.end(1.0)
+                nursery.cancel_scope.cancel()
+
+    async def _first_message(self) -> ZygoteReady:
+        try:
+            with trio.fail_after(READY_SECONDS):
+                message, _ = await self._channel.receive()
+        except trio.TooSlowError:
+            raise NeverReady(
+                f"importing {self._config.settings_module} took longer than {READY_SECONDS:.0f} s"
+            ) from None
+        except (trio.EndOfChannel, RemoteWireError) as error:
+            left = await self.child.wait()
+            raise NeverReady(
+                f"the zygote died while it imported the project ({left}); its output is above"
+            ) from error
+        if isinstance(message, ZygoteFailed):
+            raise NeverReady(f"{self._config.settings_module}: {message.reason}\n{message.detail}".rstrip())
+        if not isinstance(message, ZygoteReady):
+            raise NeverReady(f"the zygote began with {type(message).__name__}")
+        return message
+
+    async def _listen(self) -> None:
+        while True:
+            try:
+                message, fds = await self._channel.receive()
+            except (trio.EndOfChannel, RemoteWireError):
+                return
+            pending = self._pending.get(getattr(message, "ask", -1))
+            if isinstance(message, Forked) and pending is not None and len(fds) == 1:
+                pending.born[message.index] = (message.pid, fds[0])
+                if len(pending.born) == pending.expected:
+                    pending.done.set()
+                continue
+            for fd in fds:
+                os.close(fd)
+            if isinstance(message, ForkFailed) and pending is not None:
+                pending.failure = message.detail
+                pending.done.set()
+
+    def _fail_pending(self, reason: str) -> None:
+        for pending in self._pending.values():
+            pending.failure = reason
+            pending.done.set()
+
+    async def fork(
+        self, specs: Sequence[RunnerSpec], fds: Sequence[int], *, courier: bool = False, state_dir: str = ""
+    ) -> list[tuple[int, int]]:
+        """Fork children; return (pid, pidfd) of each, in order; the pidfds are the caller's.
+
+        `fds` are the ends of all children, one after the other; they stay the caller's.
+
+        Raises:
+          ForkError: none, or not all, came about. Those that did are strays and will be killed.
+        """
+        self._asks += 1
+        ask = self._asks
+        pending = self._pending[ask] = _Pending(1 if courier else len(specs), trio.Event(), {})
+        try:
+            self._channel.send(Fork(ask=ask, runners=list(specs), courier=courier, state_dir=state_dir), fds)
+            with trio.move_on_after(FORK_SECONDS):
+                await pending.done.wait()
+        finally:
+            del self._pending[ask]
+            complete = len(pending.born) == pending.expected
+            if not complete:
+                for _, pidfd in pending.born.values():
+                    os.close(pidfd)
+        if complete:
+            return [pending.born[index] for index in range(pending.expected)]
+        if not pending.failure:
+            logger.error("the zygote did not fork within %.0f s; it is replaced", FORK_SECONDS)
+            self._channel.close()
+        raise ForkError(pending.failure or "the zygote did not answer")

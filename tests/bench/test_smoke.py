@@ -1,0 +1,82 @@
+"""Each benchmark runs to its end on a few repetitions; what comes out is complete, how large it is does not matter."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+
+import pytest
+
+from tests.bench import __main__ as command
+from tests.bench import events, start
+from tests.bench.figures import Figure, figure, ratio, table
+from tests.bench.registry import BENCHMARKS
+from tests.helpers import ROOT
+
+
+def complete(figures: list[Figure]) -> None:
+    for one in figures:
+        assert one.samples, one.name
+        assert all(math.isfinite(sample) and sample > 0 for sample in one.samples), one
+    names = [one.name for one in figures]
+    assert len(names) == len(set(names))
+    print(table(figures))
+
+
+def test_start() -> None:
+    found = start.run(2)
+    complete(found)
+    names = " ".join(one.name for one in found)
+    for part in ("fork -> first byte", "peer: exec", "exec / fork", "submit -> run.started", "idle runner"):
+        assert part in names
+
+
+def test_events() -> None:
+    complete(events.measure(floods=1, flood_events=300, calm_events=20))
+
+
+def test_every_benchmark_is_smoked_here() -> None:
+    assert set(BENCHMARKS) == {"start", "events"}
+
+
+def test_percentiles_are_measured_values() -> None:
+    one = figure("x", "ms", [4.0, 1.0, 3.0, 2.0])
+    assert [one.percentile(share) for share in (0.0, 0.25, 0.5, 0.95, 1.0)] == [1.0, 1.0, 2.0, 4.0, 4.0]
+    assert ratio("r", [4.0, 9.0], [2.0, 3.0]).samples == (2.0, 3.0)
+
+
+def test_nothing_measured_is_an_error() -> None:
+    with pytest.raises(ValueError, match="nothing was measured: x"):
+        figure("x", "ms", [])
+
+
+def test_the_command_lists_what_there_is() -> None:
+    shown = subprocess.run(
+        [sys.executable, "-m", "tests.bench"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    assert [line.split()[0] for line in shown.stdout.splitlines()] == list(BENCHMARKS)
+
+
+def test_an_unknown_name_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        command.main(["nothing"])
+    assert left.value.code == 2
+    assert "there are events, start" in capsys.readouterr().err
+
+
+def test_json_has_every_figure(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    made = [figure("x", "ms", [1.0, 2.0])]
+    entry = BENCHMARKS["start"]
+    fake = type(entry)(entry.name, entry.summary, 1, lambda repetitions: made * repetitions)
+    monkeypatch.setitem(BENCHMARKS, "start", fake)
+    assert command.main(["start", "--json", "-n", "2"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert [one["p50"] for one in answer["benchmarks"]["start"]] == [1.0, 1.0]
+    assert answer["machine"]["cores"] >= 1

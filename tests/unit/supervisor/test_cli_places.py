@@ -1,0 +1,106 @@
+"""Which project and which state directory a command means."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from supervisor.cli import connect, project
+from supervisor.cli.project import DEMO_SETTINGS, Project, control_socket, demo_folder, state_dir_for
+from taskkit.errors import SettingsError
+
+SETTINGS = (
+    "TASKKIT = {'STATE_DIR': '/own/place', 'KEY_FILE': '/own/key'}\nprint('a settings file may print')\n"
+)
+
+
+@pytest.fixture(autouse=True)
+def clean(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("DJANGO_SETTINGS_MODULE", "TASKKIT_STATE_DIR", "TASKKIT_KEY_FILE", "TASKKIT_BIND"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text(SETTINGS)
+    (tmp_path / "broken.py").write_text("import nothing_of_that_name\n")
+    (tmp_path / "wrong.py").write_text("TASKKIT = {'BIND': 'nonsense'}\n")
+
+
+def test_the_demo_is_what_runs_without_settings() -> None:
+    chosen = Project.choose(None)
+    assert (chosen.settings_module, chosen.demo, chosen.given) == (DEMO_SETTINGS, True, False)
+    assert chosen.path[0] == str(demo_folder())
+    assert (demo_folder() / "bulkhead_demo").is_dir()
+
+
+def test_a_flag_stands_over_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("DJANGO_SETTINGS_MODULE", "theirs")
+    assert Project.choose(None).settings_module == "theirs"
+    chosen = Project.choose("mine")
+    assert (chosen.settings_module, chosen.demo, chosen.path) == ("mine", False, (str(tmp_path),))
+
+
+def test_state_dir_flag_then_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("TASKKIT_STATE_DIR", "env")
+    chosen = Project.choose("broken")  # neither asks the project
+    assert state_dir_for(chosen, Path("flag"), exactly=True) == tmp_path / "flag"
+    assert state_dir_for(chosen, None, exactly=True) == tmp_path / "env"
+
+
+def test_the_demo_keeps_its_database_in_a_named_state_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(project.DEMO_FOLDER_VARIABLE, "")
+    monkeypatch.delenv(project.DEMO_FOLDER_VARIABLE)
+    project.place_demo_database(None)
+    assert project.DEMO_FOLDER_VARIABLE not in os.environ
+    project.place_demo_database(Path("flag"))
+    assert os.environ[project.DEMO_FOLDER_VARIABLE] == str(tmp_path / "flag")
+    project.place_demo_database(Path("other"))  # what somebody chose stays
+    assert os.environ[project.DEMO_FOLDER_VARIABLE] == str(tmp_path / "flag")
+
+
+def test_a_project_is_asked_for_its_own(tmp_path: Path) -> None:
+    assert state_dir_for(Project.choose("mine"), None, exactly=True) == Path("/own/place")
+    assert state_dir_for(Project.choose("mine"), None, exactly=False) == Path("/own/place")
+
+
+def test_a_socket_at_the_usual_place_answers_the_question(tmp_path: Path) -> None:
+    usual = tmp_path / "state" / "bulkhead" / "broken"
+    usual.mkdir(parents=True)
+    control_socket(usual).touch()
+    assert state_dir_for(Project.choose("broken"), None, exactly=False) == usual
+
+
+def test_the_demo_is_never_asked(tmp_path: Path) -> None:
+    expected = tmp_path / "state" / "bulkhead" / DEMO_SETTINGS
+    assert state_dir_for(Project.choose(None), None, exactly=True) == expected
+
+
+@pytest.mark.parametrize(
+    ("module", "word"), [("broken", "nothing_of_that_name"), ("absent", "absent"), ("wrong", "nonsense")]
+)
+def test_settings_that_cannot_be_read_are_named_with_the_reason(module: str, word: str) -> None:
+    with pytest.raises(SettingsError, match=word) as caught:
+        state_dir_for(Project.choose(module), None, exactly=True)
+    assert module in str(caught.value)
+    assert "--settings" in str(caught.value)
+
+
+def test_settings_that_never_import_are_given_up(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "slow.py").write_text("import threading; threading.Event().wait(30)\n")
+    monkeypatch.setattr(project, "_IMPORT_DEADLINE", 0.3)
+    with pytest.raises(SettingsError, match="did not import"):
+        Project.choose("slow").read_settings()
+
+
+def test_the_key_is_in_the_state_directory_unless_said_otherwise(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert connect.key_file(Project.choose("mine"), tmp_path) == Path("/own/key")
+    assert connect.key_file(Project.choose(None), tmp_path) == tmp_path / "key"
+    (tmp_path / "key").touch()
+    assert connect.key_file(Project.choose("mine"), tmp_path) == tmp_path / "key"
+    monkeypatch.setenv("TASKKIT_KEY_FILE", "env-key")
+    assert connect.key_file(Project.choose("mine"), tmp_path) == tmp_path / "env-key"
