@@ -184,7 +184,7 @@ async def _leave(
         shutdown.set()
         with trio.move_on_after(_TELL_SECONDS):
             while engine.book.untold and engine.courier.up:
-                await trio.sleep(0.02)
+                await engine.round_over()  # each confirmation makes a round
         await engine.flush()
 
 

@@ -147,7 +147,7 @@ class HostGuard:
         if scope["type"] == "websocket":
             return WebSocketClose(1008)
         if host is None:
-            return problem(None, "bad-host", "the Host header is malformed")
+            return problem(None, "bad-host", "the Host header is malformed", instance=scope["path"])
         return problem(
             None, "wrong-host", f"{host} is not served here; add it to ALLOWED_HOSTS", instance=scope["path"]
         )

@@ -6,16 +6,16 @@ what the store has to commit, and in `after` what may be done once it has. Nobod
 
 from __future__ import annotations
 
-import datetime as dt
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any
 
 import msgspec
 
 from gateway.dispatch import Queues, Seat, choose, pools_of
+from gateway.endings import ending_of, error_of, last_event, rfc3339
 from gateway.output import Line
+from gateway.state import After, OpenAttempt, RunnerState
 from gateway.store.rows import AttemptRow, Batch, EventRow, KeyRow, Opened, OutputRow, RunRow
 from gateway.submission import Submission
 from taskkit.errors import LifecycleError
@@ -33,8 +33,6 @@ from taskkit.wire.messages import (
     Finished,
     Hello,
     Kill,
-    Message,
-    Order,
     Progress,
     Retire,
     Row,
@@ -45,81 +43,6 @@ from taskkit.wire.messages import (
     TaskFailure,
 )
 from taskkit.wire.session import AttemptState, Judgement, RunnerSession
-
-#: Largest result repeated in `stream.end`; a larger one is fetched from the run's `result`.
-_RESULT_IN_STREAM: Final = 64 * 1024
-
-#: How a runner's death ends the attempt that was open on it; what is not listed is the task's own crash.
-_ENDINGS: Final = {
-    "timeout": Ending.TIMED_OUT,
-    "cancelled": Ending.CANCELLED,
-    "stopped": Ending.LOST,
-    "operator": Ending.LOST,
-    "boot": Ending.LOST,
-    "lost": Ending.LOST,
-}
-
-
-@dataclass(slots=True)
-class OpenAttempt:
-    """An attempt that has not ended. `stopping`: the tree stops, so its end is nobody's fault."""
-
-    row: AttemptRow
-    run: RunRow
-    stopping: bool = False
-
-
-@dataclass(slots=True)
-class RunnerState:
-    """What the gateway knows of one runner.
-
-    Attributes:
-      given: runs it has been given.
-      retiring: it gets no further run.
-      exited: its cause of death.
-      corrupt: what was wrong with its events pipe; nothing behind that is read.
-      adopted: it was there before this gateway: its pipe may begin inside a frame.
-    """
-
-    spec: RunnerSpec
-    pid: int
-    started_at: float
-    session: RunnerSession
-    adopted: bool = False
-    tokens: set[str] = field(default_factory=set)
-    given: int = 0
-    runs_done: int = 0
-    last_ending: str | None = None
-    retiring: bool = False
-    exited: Cause | None = None
-    corrupt: str = ""
-
-    @property
-    def seat(self) -> Seat:
-        """What dispatch has to know."""
-        usable = not self.retiring and self.exited is None and self.session.seq > 0
-        left = self.spec.runs - self.given if usable else 0
-        return Seat(self.spec.id, len(self.tokens), self.spec.concurrency, left)
-
-
-@dataclass(slots=True)
-class After:
-    """What is done once the batch is committed, in this order.
-
-    Attributes:
-      control: messages to the supervisor.
-      orders: orders by runner.
-      created: answers of intake runners.
-      ended: numbers of runs that have ended.
-      drained: runners that have nothing left to say.
-    """
-
-    control: list[Message] = field(default_factory=list)
-    orders: list[tuple[str, Order]] = field(default_factory=list)
-    created: list[Created] = field(default_factory=list)
-    accepted: list[int] = field(default_factory=list)
-    ended: list[int] = field(default_factory=list)
-    drained: list[str] = field(default_factory=list)
 
 
 class Book:
@@ -290,7 +213,7 @@ class Book:
         self.after.drained.append(id)
 
     def _runner_lost_attempt(self, attempt: OpenAttempt, cause: Cause, now: float) -> None:
-        ending = _ENDINGS.get(cause.kind, Ending.CRASHED)
+        ending = ending_of(cause)
         if attempt.row.started_at is None:
             self._never_started(attempt, cause, now)
         else:
@@ -301,7 +224,7 @@ class Book:
         self._close_attempt(attempt, Ending.LOST, now, cause=cause)
         run = attempt.run
         if run.cancelling:
-            self._end_run(run, RunEvent.CANCEL, now, error=_error_of(Ending.CANCELLED, None, None))
+            self._end_run(run, RunEvent.CANCEL, now, error=error_of(Ending.CANCELLED, None, None))
         else:
             self.queues.add(run, now)
 
@@ -413,7 +336,7 @@ class Book:
 
     def _say(self, run: RunRow, type: str, now: float, **data: Any) -> None:
         """Append an event of the gateway's own."""
-        body = {**data, "_run": run.id, "_attempt": run.attempt, "_timestamp": _rfc3339(now)}
+        body = {**data, "_run": run.id, "_attempt": run.attempt, "_timestamp": rfc3339(now)}
         self._append(run, run.attempt, type, msgspec.json.encode(body), now)
 
     def output(self, token: str, lines: Iterable[Line], now: float) -> None:
@@ -507,7 +430,7 @@ class Book:
             cancelling=run.cancelling,
             retry_in=finished.retry_in if finished else None,
         )
-        error = None if ending is Ending.RETURNED else _error_of(ending, cause, failure)
+        error = None if ending is Ending.RETURNED else error_of(ending, cause, failure)
         if decision.event in (RunEvent.RETRY, RunEvent.PUT_BACK):
             self._again(run, decision.event, decision.delay, ending, error, now)
             return
@@ -531,23 +454,25 @@ class Book:
     def _end_run(self, run: RunRow, event: RunEvent, now: float, *, error: dict[str, Any] | None) -> None:
         run.status = next_run_status(run.status, event)
         run.finished_at = now
-        body: dict[str, Any] = {"status": run.status.value}
         if run.status is RunStatus.SUCCESSFUL:
-            if run.result is not None and len(run.result) <= _RESULT_IN_STREAM:
-                body["result"] = msgspec.Raw(run.result)
-        elif error is not None:
+            error = None
+        if error is not None:
             run.error = msgspec.json.encode(error)
-            body["error"] = error
-            if run.row is not None and error.get("exception"):
-                seen = {"message": error["message"], "error_type": error["exception"].rpartition(".")[2]}
-                # The seed's clients listen for `error`; browsers raise an event of that name themselves.
-                self._say(run, "error", now, **seen)
-                self._say(run, "task_error", now, **seen)
-        self._say(run, "stream.end", now, **body)
+            self._tell_seed_clients(run, error, now)
+        self._say(run, "stream.end", now, **last_event(run, error))
         self.batch.ends.append(run.no)
         self._changed(run)
         self.after.ended.append(run.no)
         self._forget(run)
+
+    def _tell_seed_clients(self, run: RunRow, error: dict[str, Any], now: float) -> None:
+        """Say in the seed's words that a row's task raised (CONTRACT §2.4)."""
+        if run.row is None or "exception" not in error:
+            return
+        seen = {"message": error["message"], "error_type": error["exception"].rpartition(".")[2]}
+        # The seed's clients listen for `error`; browsers raise an event of that name themselves.
+        self._say(run, "error", now, **seen)
+        self._say(run, "task_error", now, **seen)
 
     def _changed(self, run: RunRow) -> None:
         run.version += 1
@@ -568,7 +493,7 @@ class Book:
             raise LifecycleError(f"run {run.id} has ended: {run.status.value}")
         attempt = next((a for a in self.attempts.values() if a.run is run), None)
         if attempt is None:
-            self._end_run(run, RunEvent.CANCEL, now, error=_error_of(Ending.CANCELLED, None, None))
+            self._end_run(run, RunEvent.CANCEL, now, error=error_of(Ending.CANCELLED, None, None))
             return
         if not run.cancelling:
             run.cancelling = True
@@ -614,19 +539,3 @@ class Book:
     def new_id(self) -> str:
         """Return an id for a run."""
         return new_run_id()
-
-
-def _rfc3339(at: float) -> str:
-    return dt.datetime.fromtimestamp(at, dt.UTC).isoformat().replace("+00:00", "Z")
-
-
-def _error_of(ending: Ending, cause: Cause | None, failure: TaskFailure | None) -> dict[str, Any]:
-    """Return the public form of an attempt's bad end: `{code, message, exception?, traceback?, cause?}`."""
-    error: dict[str, Any] = {"code": ending.value, "message": ""}
-    if failure is not None:
-        error |= {"message": failure.message, "exception": failure.exception, "traceback": failure.traceback}
-    if cause is not None:
-        error["cause"] = msgspec.to_builtins(cause)
-        error["message"] = error["message"] or cause.detail
-    error["message"] = error["message"] or error.get("exception", ending.value)
-    return error

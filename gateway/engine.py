@@ -20,21 +20,20 @@ from typing import Any, Final
 
 import trio
 
-from gateway.book import After, Book, RunnerState
+from gateway.book import Book
 from gateway.fanout import Hub
-from gateway.ingest import Poller, RunnerPipes, Scratch
 from gateway.intake import Intake
 from gateway.link import CourierLink
+from gateway.pipes import Pipes
+from gateway.state import After, RunnerState
 from gateway.store.protocol import Store, StoreError
 from gateway.store.reads import read_blob
 from gateway.store.rows import Batch, EventRow, RunRow
 from gateway.submission import Catalogue, Submission
-from taskkit.errors import IdempotencyConflict, LifecycleError, NotWritable, QueueFull, RemoteWireError
+from taskkit.errors import IdempotencyConflict, LifecycleError, NotWritable, QueueFull
 from taskkit.lifecycle import RunStatus
 from taskkit.settings import Settings
-from taskkit.wire.codec import unpack_runner_frame
-from taskkit.wire.framing import Frame
-from taskkit.wire.messages import Answer, Drained, Finished, Message, Row, RunnerUp, TaskInfo
+from taskkit.wire.messages import Answer, Drained, Message, Order, Row, RunnerUp, TaskInfo
 
 logger = logging.getLogger("bulkhead.gateway")
 
@@ -43,10 +42,6 @@ _ANSWER_SECONDS: Final = 5.0
 
 #: Seconds to wait after a commit that failed, first and longest.
 _RETRY: Final = (0.1, 2.0)
-
-#: Seconds that a pipe rests when a round found no whole frame in it, first and longest: it stays readable, and
-#: asking again at once would burn a core (SUPERVISION §2, level-triggered trap).
-_REST: Final = (0.005, 0.05)
 
 #: Seconds between rounds that only wait for time to pass, at most.
 _LONGEST_SLEEP: Final = 3600.0
@@ -129,12 +124,7 @@ class Engine:
         self._blobs = blobs
         self._control = control
         self._requests: list[_Request] = []
-        self._deciding: list[_Request] = []
-        self._pipes: dict[str, RunnerPipes] = {}
-        self._by_fd: dict[int, str] = {}
-        self._resting: dict[str, tuple[float, float]] = {}
-        self._poller = Poller()
-        self._scratch = Scratch()
+        self._pipes = Pipes(book, lines_per_second=settings.limits.output_lines_per_second, wake=self.wake)
         self._wake = trio.Event()
         self._round_over = trio.Event()
         self.courier = CourierLink(self)
@@ -305,16 +295,7 @@ class Engine:
 
     def runner_up(self, message: RunnerUp, fds: list[int]) -> None:
         """A runner exists; takes ownership of its descriptors."""
-        pipes = RunnerPipes(
-            message.spec,
-            fds,
-            adopted=message.adopted,
-            lines_per_second=self.settings.limits.output_lines_per_second,
-        )
-        self._pipes[message.spec.id] = pipes
-        for fd in (pipes.events, pipes.output):
-            self._by_fd[fd] = message.spec.id
-            self._poller.watch(fd)
+        self._pipes.add(message.spec, fds, adopted=message.adopted)
         self.book.runner_up(message.spec, message.pid, message.started_at, adopted=message.adopted)
         self.wake()
 
@@ -336,14 +317,15 @@ class Engine:
 
     async def _watch_pipes(self) -> None:
         while True:
-            await trio.lowlevel.wait_readable(self._poller.fileno())
+            await self._pipes.wait()
             over = self._round_over
             self.wake()
             await over.wait()
 
     def _patience(self) -> float:
         """Return seconds until something has to be looked at without being woken."""
-        waits = [at - trio.current_time() for at, _ in self._resting.values()]
+        look = self._pipes.next_look()
+        waits = [] if look is None else [look - trio.current_time()]
         due = self.book.queues.next_due()
         if due is not None:
             # A wall clock may step: look at least once a second while a run waits for its time.
@@ -352,20 +334,19 @@ class Engine:
 
     async def _round(self) -> None:
         self.rounds += 1
-        self._deciding, self._requests = self._requests, []
-        taken = self._look()
-        for request in self._deciding:
+        requests, self._requests = self._requests, []
+        taken = self._pipes.look()
+        for request in requests:
             request.decide()
         self.book.claim(time.time())
         batch, after = self.book.take()
         await self._commit(batch)
         for id, size in taken:
-            self._pipes[id].consume(size)
+            self._pipes.consume(id, size)
         await self._publish(batch)
         self._act(after)
-        for request in self._deciding:
+        for request in requests:
             request.settle()
-        self._deciding = []
         self.courier.tell()
         over, self._round_over = self._round_over, trio.Event()
         over.set()
@@ -387,75 +368,6 @@ class Engine:
                 return
             await trio.sleep(delay)
             delay = min(delay * 2, longest)
-
-    # --- reading the pipes ---------------------------------------------------------------------------------
-
-    def _look(self) -> list[tuple[str, int]]:
-        """Read what runners have said into the book; return how many bytes to consume once it is committed."""
-        now = trio.current_time()
-        for id in [id for id, (at, _) in self._resting.items() if at <= now]:
-            self._poller.watch(self._pipes[id].events)
-            self._resting[id] = (float("inf"), self._resting[id][1])
-        ready = self._poller.ready()
-        dead = {id for id, runner in self.book.runners.items() if runner.exited is not None}
-        ids = {self._by_fd[fd] for fd in ready if fd in self._by_fd} | dead
-        return [(id, self._look_at(id, ready, id in dead)) for id in sorted(ids)]
-
-    def _look_at(self, id: str, ready: set[int], dead: bool) -> int:
-        pipes, runner = self._pipes[id], self.book.runners[id]
-        if pipes.output in ready or dead:
-            self._look_at_output(pipes)
-        if runner.corrupt:
-            self._poller.rest(pipes.events)
-            frames, size, broken = list[Frame](), 0, None
-        else:
-            frames, size, broken = pipes.peek(self._scratch, runner.session.seq)
-        for frame in frames:
-            broken = self._frame(runner, pipes, frame) or broken
-            if broken is not None:
-                break
-        if broken is not None:
-            self._corrupt(runner, pipes, broken)
-        if dead and not frames:
-            self.book.runner_drained(id, time.time())
-        elif dead:
-            self.wake()
-        elif frames:
-            self._resting.pop(id, None)
-        elif pipes.events in ready:
-            self._rest(id, pipes)
-        return size
-
-    def _frame(self, runner: RunnerState, pipes: RunnerPipes, frame: Frame) -> RemoteWireError | None:
-        try:
-            message = unpack_runner_frame(frame)
-            if isinstance(message, Finished):
-                # Its output is in the pipe already: the runner writes the end marker before this frame.
-                self._look_at_output(pipes)
-                pipes.parser.forget(message.token)
-            self.book.frame(runner, frame.seq, message, time.time())
-        except RemoteWireError as error:
-            return error
-        return None
-
-    def _look_at_output(self, pipes: RunnerPipes) -> None:
-        data = pipes.read_output()
-        if not data:
-            self._poller.rest(pipes.output)  # its last writer has gone
-            return
-        for token, lines in pipes.parser.receive(data, trio.current_time()).items():
-            self.book.output(token, lines, time.time())
-
-    def _rest(self, id: str, pipes: RunnerPipes) -> None:
-        _, before = self._resting.get(id, (0.0, 0.0))
-        rest = min(max(before * 2, _REST[0]), _REST[1])
-        self._resting[id] = (trio.current_time() + rest, rest)
-        self._poller.rest(pipes.events)
-
-    def _corrupt(self, runner: RunnerState, pipes: RunnerPipes, error: RemoteWireError) -> None:
-        logger.warning("runner %s broke the protocol: %s", runner.spec.id, error)
-        self.book.runner_corrupt(runner.spec.id, error)
-        self._poller.rest(pipes.events)
 
     # --- after the commit ----------------------------------------------------------------------------------
 
@@ -479,27 +391,17 @@ class Engine:
         for message in after.control:
             self.tell(message)
         for id, order in after.orders:
-            if (pipes := self._pipes.get(id)) is not None:
-                pipes.order(order)
+            self._pipes.order(id, order)
         for created in after.created:
             self.intake.created(created)
         for id in after.drained:
-            self._let_go(id)
+            self._pipes.drop(id)
+            self.tell(Drained(runner=id))
+            self.intake.look()
 
-    def _let_go(self, id: str) -> None:
-        pipes = self._pipes.pop(id)
-        self._resting.pop(id, None)
-        for fd in (pipes.events, pipes.output):
-            self._poller.rest(fd)
-            self._by_fd.pop(fd, None)
-        pipes.close()
-        self.tell(Drained(runner=id))
-        self.intake.look()
-
-    def order(self, runner: str, order: Any) -> bool:
-        """Give an order outside a round (intake)."""
-        pipes = self._pipes.get(runner)
-        return pipes is not None and pipes.order(order)
+    def order(self, runner: str, order: Order) -> bool:
+        """Give an order outside a round (intake); return whether the runner's socket took it."""
+        return self._pipes.order(runner, order)
 
     # --- the end -------------------------------------------------------------------------------------------
 
@@ -514,9 +416,13 @@ class Engine:
         For a gateway whose supervisor died: the kernel kills the runners, and what they wrote is still here.
         """
         with trio.move_on_after(seconds):
-            while not all(pipes.at_end() for pipes in self._pipes.values()):
-                await trio.sleep(0.02)
+            while not self._pipes.at_end():
+                await self.round_over()  # the end of a pipe makes a round
         await self.flush()
+
+    async def round_over(self) -> None:
+        """Return when a round has been acted on; the caller has a deadline."""
+        await self._round_over.wait()
 
     async def flush(self) -> None:
         """Return when one more round is committed, or the store does not take it."""
@@ -527,11 +433,7 @@ class Engine:
 
     def close(self) -> None:
         """Let go of every descriptor."""
-        for pipes in self._pipes.values():
-            pipes.close()
-        self._pipes.clear()
-        self._poller.close()
-        self._scratch.close()
+        self._pipes.close()
 
 
 def _by_run(rows: Iterable[Any]) -> dict[int, list[Any]]:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("bulkhead.gateway")
 
 #: Transitions that may be unanswered. The courier writes up to 100 in one transaction.
-_WINDOW: Final = 200
+_WINDOW: Final = 100
 
 #: Seconds for an answer about a row.
 _ASK_SECONDS: Final = 5.0
@@ -88,12 +88,10 @@ class CourierLink:
 
     async def _submit(self, channel: Channel[Incoming], message: Submit) -> None:
         try:
-            run, _ = await self._engine.submit(self._submission(message))
-        except NotWritable:
-            return  # the courier offers the row again
+            # In a thread: checking 600 KB of arguments takes a second, and streams must not wait for it.
+            submission = await trio.to_thread.run_sync(self._submission, message)
+            run, _ = await self._engine.submit(submission)
         except SubmitError as error:
-            if error.retry_after is not None:
-                return
             detail = "; ".join([str(error), *(f"{name}: {text}" for name, text in error.errors.items())])
             channel.send(Submitted(id=message.id, error=detail, code=error.code))
             return

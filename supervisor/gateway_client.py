@@ -15,7 +15,7 @@ from supervisor.policy import RestartPolicy
 from supervisor.runners import Runner
 from taskkit import linux
 from taskkit.channel import Channel
-from taskkit.errors import RemoteWireError, RestartIntensityExceeded
+from taskkit.errors import NeverReady, RemoteWireError, RestartIntensityExceeded
 from taskkit.lifecycle import ProcessEvent
 from taskkit.wire.messages import (
     Assigned,
@@ -23,6 +23,7 @@ from taskkit.wire.messages import (
     Configure,
     Deadline,
     Disarm,
+    Drain,
     Drained,
     GatewayMessage,
     GatewayReady,
@@ -39,6 +40,9 @@ READY_SECONDS: Final = 20.0
 #: Seconds without a beat after which a gateway hangs. It beats once a second from its main loop, whatever the store
 #: or the clients do.
 BEAT_SECONDS: Final = 10.0
+
+#: Starts of the very first gateway before its failure is taken for a boot error, which no restart mends.
+_BOOT_ATTEMPTS: Final = 3
 
 Report = GatewayReady | Drained | Deadline | Disarm | Kill | Assigned | Stopped | Beat
 
@@ -80,6 +84,12 @@ class Gateway:
         self.up = False
         self.stopping = False
         self.last_exit = ""
+        self._draining: Drain | None = None
+
+    def drain(self, grace: float) -> None:
+        """Have this gateway, and any that follows it, claim nothing more and ask runs to stop."""
+        self._draining = Drain(grace=grace)
+        self.send(self._draining)
 
     def send(self, message: Message, fds: Iterable[int] = ()) -> None:
         """Send to the present gateway; without one the message is dropped, as the next is told everything anew."""
@@ -98,6 +108,11 @@ class Gateway:
             if self.stopping:
                 return
             delay = self.policy.died(trio.current_time())
+            if self._announce is not _nothing and self.policy.restarts >= _BOOT_ATTEMPTS:
+                raise NeverReady(
+                    f"the gateway does not come up: {self.policy.restarts} times it left with {self.last_exit}; "
+                    "its log is above"
+                )
             if delay is None:
                 raise RestartIntensityExceeded(
                     f"the gateway died {self.policy.restarts} times within {self.policy.period:.0f} s "
@@ -141,6 +156,8 @@ class Gateway:
             self.send(runner.announcement(adopted=True), runner.ends.near)
             if runner.exited is not None:
                 self.send(runner.exited)
+        if self._draining is not None:
+            self.send(self._draining)
 
     async def _listen(self, channel: Channel[Report], child: Child) -> None:
         limit = READY_SECONDS

@@ -7,7 +7,7 @@ import logging
 import os
 import secrets
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -19,7 +19,6 @@ from supervisor import memory
 from supervisor.causes import Death, classify
 from supervisor.child import Child, Exit, spawn
 from supervisor.config import Config
-from supervisor.zygote_client import Zygote
 from taskkit import linux, seqpacket
 from taskkit.lifecycle import ProcessEvent
 from taskkit.settings import PoolSettings, Settings
@@ -29,14 +28,14 @@ from taskkit.wire.messages import Cause, Exited, Fork, RunnerSpec, RunnerUp
 
 logger = logging.getLogger("bulkhead.supervisor")
 
+#: Forks: takes specs with their descriptors, returns pid and pidfd of each.
+ForkFunction = Callable[[Sequence[RunnerSpec], Sequence[int]], Awaitable[list[tuple[int, int]]]]
+
 #: Bytes of a fatal signal's traceback that are kept.
 _FAULT_BYTES: Final = 16 * 1024
 
 #: Bytes asked for the output pipe.
 _OUTPUT_SIZE: Final = 64 * 1024
-
-#: Pool of the runners that validate and save submitted rows.
-INTAKE: Final = "intake"
 
 
 @dataclass(slots=True)
@@ -124,17 +123,16 @@ class Runners:
     all: dict[str, Runner] = field(default_factory=dict)
     _prefix: str = field(default_factory=lambda: secrets.token_hex(3))
     _count: int = 0
-    _spawning: int = 0
     _blobs: int = -1
     _oom: memory.OomCounter = field(default_factory=memory.OomCounter)
 
-    def spec(self, pool: str, settings: PoolSettings) -> RunnerSpec:
-        """Return the spec of the next runner of a pool."""
+    def spec(self, pool: str, settings: PoolSettings, *, intake: bool) -> RunnerSpec:
+        """Return the spec of the next runner of a pool; with `intake` it saves rows instead of performing runs."""
         self._count += 1
         return RunnerSpec(
             id=f"{self._prefix}-{self._count}",
             pool=pool,
-            role=INTAKE if pool == INTAKE else "runner",
+            role="intake" if intake else "runner",
             concurrency=settings.concurrency,
             runs=settings.runs,
             loop=settings.loop,
@@ -145,17 +143,12 @@ class Runners:
             result_limit=self.settings.limits.result_bytes,
         )
 
-    @property
-    def births(self) -> int:
-        """Spawned children that are not registered yet."""
-        return self._spawning
-
     def living(self, pool: str) -> list[Runner]:
         """Return the runners of a pool that have not died."""
         return [r for r in self.all.values() if r.spec.pool == pool and r.exited is None]
 
-    async def fork(self, zygote: Zygote, specs: Sequence[RunnerSpec]) -> None:
-        """Have the zygote fork these runners, all by one order, and announce them.
+    async def fork(self, fork: ForkFunction, specs: Sequence[RunnerSpec]) -> None:
+        """Have a zygote fork these runners, all by one order, and announce them.
 
         Raises:
           ForkError: they did not come about; nothing is left behind.
@@ -167,7 +160,7 @@ class Runners:
                 made.append(open_ends())  # noqa: PERF401 - those made so far are closed when the next one fails
             ready = [_with_size(spec, ends) for spec, ends in zip(specs, made, strict=True)]
             fds = [fd for ends in made for fd in (*ends.far, ends.faults, self._blob_directory())]
-            born = await zygote.fork(ready, fds)
+            born = await fork(ready, fds)
         except BaseException:
             for ends in made:
                 ends.close_far()
@@ -176,7 +169,7 @@ class Runners:
         for spec, ends, (pid, pidfd) in zip(ready, made, born, strict=True):
             self._register(spec, ends, Child(spec.id, pid, pidfd, group=True))
 
-    async def spawn(self, spec: RunnerSpec) -> None:
+    def spawn(self, spec: RunnerSpec) -> None:
         """Start one runner by exec, for pools whose libraries do not survive a fork.
 
         Raises:

@@ -56,6 +56,7 @@ class Zygote:
         self._asks = 0
         self._pending: dict[int, _Pending] = {}
         self.child: Child
+        self.was_spawned = False
         self._channel: Channel[Forked | ForkFailed | ZygoteReady | ZygoteFailed]
 
     @property
@@ -84,6 +85,7 @@ class Zygote:
                 [theirs.fileno()],
                 session=True,
             )
+        self.was_spawned = True
         self._channel = Channel(ours, ZygoteMessage)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self.child.wait)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import functools
+import json
 import logging
 import os
 import queue
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any, Final, TypeVar, cast
 
 import outcome
+import psutil
 import trio
 
 from gateway.store import reads
@@ -130,14 +132,23 @@ class _Lock:
         try:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            holder = os.pread(self._fd, 32, 0).decode("ascii", "replace").strip() or "unknown"
+            holder = _holder(os.pread(self._fd, 200, 0))
             raise StoreError(f"process {holder} has the store open: {path} is locked") from None
         os.ftruncate(self._fd, 0)
-        os.pwrite(self._fd, f"{os.getpid()}\n".encode(), 0)
+        # With the start time: whoever has to end a gateway that was left behind must not end another process
+        # that has its number by now.
+        record = {"pid": os.getpid(), "started": psutil.Process().create_time()}
+        os.pwrite(self._fd, json.dumps(record).encode() + b"\n", 0)
 
     def close(self) -> None:
         """Release it. The file stays: removing it would let two processes lock two files of one name."""
         os.close(self._fd)
+
+
+def _holder(record: bytes) -> str:
+    with contextlib.suppress(ValueError, KeyError, TypeError):
+        return str(json.loads(record)["pid"])
+    return "unknown"
 
 
 class _Readers:

@@ -105,6 +105,8 @@ class Attempt:
         if definition.model is None:
             assert definition.func is not None
             args, kwargs = definition.bind(list(self._start.args), dict(self._start.kwargs))
+            if definition.takes_context:
+                args.insert(0, self)
             func = definition.func
             return lambda: func(*args, **kwargs)
         row = self._start.row

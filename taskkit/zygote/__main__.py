@@ -34,6 +34,7 @@ def main(argv: list[str]) -> int:
     _lower_session_weight()
     try:
         tasks = prepare.load_project(options["settings_module"], options["path"])
+        prepare.check_pools(tasks)
         probe = prepare.probe_database(migrate=options["migrate"])
         forks = prepare.any_pool_forks()
         if forks:

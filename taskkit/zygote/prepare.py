@@ -16,7 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from taskkit.settings import load_settings
+from taskkit.errors import SettingsError
+from taskkit.settings import PoolSettings, load_settings
 from taskkit.wire.messages import TaskInfo, ZygoteReady
 
 #: Seconds for the probe child, which asks the database for its migrations (and makes the demo's database).
@@ -143,12 +144,38 @@ def _unapplied(migrate: bool) -> list[str]:
     return [f"{m.app_label}.{m.name}" for m, backwards in plan if not backwards and m.app_label == "taskkit"]
 
 
-def any_pool_forks() -> bool:
-    """Whether some pool's runners, or intake and courier, are to be forked from this process."""
+def pools() -> dict[str, PoolSettings]:
+    """Return the project's pools; flags can change how many runners they have, not what is asked here."""
     from taskkit.conf import read_settings
 
-    pools = load_settings(read_settings()).all_pools
-    return any(pool.start == "fork" for pool in pools.values())
+    return load_settings(read_settings()).all_pools
+
+
+def any_pool_forks() -> bool:
+    """Whether some pool's runners, or intake and courier, are to be forked from this process."""
+    return any(pool.start == "fork" for pool in pools().values())
+
+
+def check_pools(tasks: dict[str, Any]) -> None:
+    """Refuse tasks that their pool cannot perform.
+
+    Raises:
+      SettingsError: a pool does not exist, or performs several runs in one process and the task would block them.
+    """
+    known = pools()
+    for name, definition in tasks.items():
+        pool = known.get(definition.info.pool)
+        if pool is None:
+            raise SettingsError(
+                f"task {name}: there is no pool {definition.info.pool!r}; name it in TASKKIT['POOLS'] "
+                f"(there are {', '.join(sorted(known))})"
+            )
+        if pool.concurrency > 1 and not definition.is_async:
+            raise SettingsError(
+                f"task {name} is synchronous, but POOLS.{definition.info.pool}.concurrency = {pool.concurrency} "
+                "performs several runs in one process, and it would block the others: make it `async def`, or give "
+                "it a pool with concurrency = 1"
+            )
 
 
 def freeze(own: set[int]) -> None:

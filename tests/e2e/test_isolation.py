@@ -127,7 +127,9 @@ def tree() -> Iterator[Tree]:
         yield tree
 
 
-def test_hostile_runs_do_not_disturb_a_stream(tree: Tree, hostile: tuple[list[str], str]) -> None:
+def test_hostile_runs_do_not_disturb_a_stream(
+    tree: Tree, hostile: tuple[list[str], str], capsys: pytest.CaptureFixture[str]
+) -> None:
     burns, flood = hostile
     seen, stop = Hostile(), threading.Event()
     # Clients of their own: a pool of connections is shared by nobody, so nobody waits for another's answer.
@@ -156,7 +158,8 @@ def test_hostile_runs_do_not_disturb_a_stream(tree: Tree, hostile: tuple[list[st
         f"(median {sorted(probes)[len(probes) // 2] * 1000:.1f} ms), {len(deaths)} deaths by SIGSEGV, "
         f"{seen.flooded[-1] - seen.flooded[0]} events flooded in {end - begin:.1f} s"
     )
-    print(f"RECORD beside hostile runs: {figures}")
+    with capsys.disabled():
+        print(f"\nRECORD beside hostile runs: {figures}")
 
     assert end - begin >= SECONDS, "the stream lasted as long as the acceptance line asks"
     assert not seen.idle, f"{figures}; but not all hostile runs were active: {seen.idle}"

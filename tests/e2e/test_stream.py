@@ -125,7 +125,7 @@ def test_reconnecting_at_the_end_is_204(tree: Tree) -> None:
             assert response.read() == b""
 
 
-def test_headers_of_a_silent_run_come_at_once(tree: Tree) -> None:
+def test_headers_of_a_silent_run_come_at_once(tree: Tree, capsys: pytest.CaptureFixture[str]) -> None:
     run = tree.submit("demo.quiet", seconds=1.0)["id"]
     with tree.stream(run) as response:
         assert response.status == 200
@@ -139,7 +139,8 @@ def test_headers_of_a_silent_run_come_at_once(tree: Tree) -> None:
         events = list(response.events())
         assert 1000 <= response.decoder.retries[0] <= 3000
         assert response.decoder.comments, "a first comment tells proxies that this is a stream"
-    print(f"RECORD headers of demo.quiet after {response.seconds_to_headers * 1000:.1f} ms")
+    with capsys.disabled():
+        print(f"\nRECORD headers of demo.quiet after {response.seconds_to_headers * 1000:.1f} ms")
     assert [event.type for event in events] == ["run.started", "stream.end"]
 
 
@@ -203,7 +204,7 @@ def test_large_events_arrive_intact(tree: Tree) -> None:
             assert event.json["i"] == number
             wanted = hashlib.sha256(b"x" * (size - frame)).hexdigest()
             assert hashlib.sha256(event.json["fill"].encode()).hexdigest() == wanted
-    assert [path for path in (tree.state_dir / "blobs").iterdir()], "they went through blobs/, not the pipe"
+    assert list((tree.state_dir / "blobs").iterdir()), "they went through blobs/, not the pipe"
 
 
 def test_large_and_small_events_keep_their_order(tree: Tree) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import itertools
 import os
 import signal
 import threading
@@ -102,7 +103,7 @@ def test_streams_do_not_notice_the_death_of(tree: Tree, victim: str) -> None:
     events = follower.finish(20)
     assert_whole(events, 60)
     assert follower.connections == 1
-    gaps = [after.at - before.at for before, after in zip(events, events[1:], strict=False)]
+    gaps = [after.at - before.at for before, after in itertools.pairwise(events)]
     assert max(gaps) < 0.3, f"largest gap {max(gaps):.3f} s"
     eventually(lambda: tree.child(victim).state == "RUNNING", 10, f"another {victim}")
 

@@ -1,0 +1,72 @@
+"""What the gateway knows of one attempt, one runner, one round. Pure data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from gateway.dispatch import Seat
+from gateway.store.rows import AttemptRow, RunRow
+from taskkit.wire.messages import Cause, Created, Message, Order, RunnerSpec
+from taskkit.wire.session import RunnerSession
+
+
+@dataclass(slots=True)
+class OpenAttempt:
+    """An attempt that has not ended. `stopping`: the tree stops, so its end is nobody's fault."""
+
+    row: AttemptRow
+    run: RunRow
+    stopping: bool = False
+
+
+@dataclass(slots=True)
+class RunnerState:
+    """What the gateway knows of one runner.
+
+    Attributes:
+      given: runs it has been given.
+      retiring: it gets no further run.
+      exited: its cause of death.
+      corrupt: what was wrong with its events pipe; nothing behind that is read.
+      adopted: it was there before this gateway: its pipe may begin inside a frame.
+    """
+
+    spec: RunnerSpec
+    pid: int
+    started_at: float
+    session: RunnerSession
+    adopted: bool = False
+    tokens: set[str] = field(default_factory=set)
+    given: int = 0
+    runs_done: int = 0
+    last_ending: str | None = None
+    retiring: bool = False
+    exited: Cause | None = None
+    corrupt: str = ""
+
+    @property
+    def seat(self) -> Seat:
+        """What dispatch has to know."""
+        usable = not self.retiring and self.exited is None and self.session.seq > 0
+        left = self.spec.runs - self.given if usable else 0
+        return Seat(self.spec.id, len(self.tokens), self.spec.concurrency, left)
+
+
+@dataclass(slots=True)
+class After:
+    """What is done once the batch is committed, in this order.
+
+    Attributes:
+      control: messages to the supervisor.
+      orders: orders by runner.
+      created: answers of intake runners.
+      ended: numbers of runs that have ended.
+      drained: runners that have nothing left to say.
+    """
+
+    control: list[Message] = field(default_factory=list)
+    orders: list[tuple[str, Order]] = field(default_factory=list)
+    created: list[Created] = field(default_factory=list)
+    accepted: list[int] = field(default_factory=list)
+    ended: list[int] = field(default_factory=list)
+    drained: list[str] = field(default_factory=list)

@@ -1,0 +1,136 @@
+"""Keeps every pool as full as it should be."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+import trio
+
+from supervisor.policy import RestartPolicy
+from supervisor.pool import PoolCount, wanted
+from supervisor.runners import Runner, Runners
+from supervisor.zygote_client import ForkError
+from taskkit.settings import PoolSettings, Settings
+from taskkit.wire.messages import RunnerSpec
+
+logger = logging.getLogger("bulkhead.supervisor")
+
+#: Pool of the runners that validate and save submitted rows.
+INTAKE: Final = "intake"
+
+#: Rows an intake runner saves before it is replaced, as a leak in a project's `save` would add up.
+_INTAKE_ROWS: Final = 1_000
+
+
+@dataclass
+class Pool:
+    """One pool, with what is on its way."""
+
+    name: str
+    settings: PoolSettings
+    policy: RestartPolicy = field(default_factory=lambda: RestartPolicy(intensity=None))
+    births: int = 0
+    failing: bool = False
+
+
+def pools_of(settings: Settings) -> list[Pool]:
+    """Return the pools that the settings ask for, intake included."""
+    pools = [Pool(name, pool) for name, pool in settings.all_pools.items()]
+    if settings.intake_runners:
+        forks = any(pool.settings.start == "fork" for pool in pools)
+        intake = PoolSettings(
+            runners=settings.intake_runners, runs=_INTAKE_ROWS, start="fork" if forks else "spawn", nice=0
+        )
+        pools.append(Pool(INTAKE, intake))
+    return pools
+
+
+class Pools:
+    """Makes runners whenever one is missing; after failures later and later.
+
+    Args:
+      fork: has the zygote fork runners of these specs.
+    """
+
+    def __init__(
+        self,
+        pools: Sequence[Pool],
+        runners: Runners,
+        nursery: trio.Nursery,
+        fork: Callable[[Sequence[RunnerSpec]], Awaitable[None]],
+    ) -> None:
+        self._pools = {pool.name: pool for pool in pools}
+        self._runners = runners
+        self._nursery = nursery
+        self._fork = fork
+        self._changed = trio.Event()
+        self._stopped = False
+
+    def stop(self) -> None:
+        """Make no further runner."""
+        self._stopped = True
+
+    def look(self) -> None:
+        """Something has changed: count again."""
+        self._changed.set()
+
+    async def run(self, *, task_status: trio.TaskStatus[None]) -> None:
+        """Keep the pools full; `started` when they are for the first time."""
+        announced = False
+        while True:
+            self._changed = trio.Event()
+            if not self._fill() and not announced:
+                announced = True
+                task_status.started()
+            await self._changed.wait()
+
+    def _fill(self) -> int:
+        """Order what is missing; return how many runners are still to come."""
+        coming = 0
+        for pool in () if self._stopped else self._pools.values():
+            number = 0 if pool.failing else wanted(pool.settings, self._count(pool))
+            if number:
+                pool.births += number
+                self._nursery.start_soon(self._make, pool, number)
+            coming += pool.births
+        return coming
+
+    def _count(self, pool: Pool) -> PoolCount:
+        living = self._runners.living(pool.name)
+        retired = sum(runner.retired for runner in living)
+        return PoolCount(fresh=len(living) - retired, retired=retired, births=pool.births)
+
+    async def _make(self, pool: Pool, number: int) -> None:
+        specs = [
+            self._runners.spec(pool.name, pool.settings, intake=pool.name == INTAKE) for _ in range(number)
+        ]
+        try:
+            if pool.settings.start == "spawn":
+                for spec in specs:
+                    self._runners.spawn(spec)
+            else:
+                await self._fork(specs)
+        except (ForkError, OSError) as error:
+            logger.warning("pool %s: no new runner: %s", pool.name, error)
+            self._back_off(pool)
+        finally:
+            pool.births -= number
+            self.look()
+
+    def died_idle(self, runner: Runner) -> None:
+        """A runner died before anybody gave it work, so it is not a task's fault: make the next one later."""
+        self._back_off(self._pools[runner.spec.pool])
+
+    def _back_off(self, pool: Pool) -> None:
+        delay = pool.policy.died(trio.current_time())
+        assert delay is not None, "a pool never gives up"
+        pool.failing = True
+        self._nursery.start_soon(self._resume, pool, delay)
+
+    async def _resume(self, pool: Pool, delay: float) -> None:
+        await trio.sleep(delay)
+        pool.failing = False
+        self.look()

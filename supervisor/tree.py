@@ -1,0 +1,299 @@
+"""The tree: who hears of whose death, what starts in which order, what stops in which order.
+
+Start: zygote → state lock, sockets → gateway → courier → runners → READY.
+Stop: claim nothing new → ask runs to stop → TERM → KILL their groups → drain every pipe → end the streams →
+courier → zygote → listener.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import trio
+
+from supervisor import listener, state
+from supervisor.child import Child
+from supervisor.config import Config
+from supervisor.courier_client import Courier
+from supervisor.endings import Endings
+from supervisor.gateway_client import Gateway, Report
+from supervisor.pools import Pools, pools_of
+from supervisor.runners import Runner, Runners, spawn_role
+from supervisor.strays import Strays
+from supervisor.zygote_client import Zygote
+from supervisor.zygote_keeper import ZygoteKeeper
+from taskkit import linux
+from taskkit.lifecycle import ProcessEvent, ProcessState
+from taskkit.settings import Settings, dump_settings
+from taskkit.wire.messages import (
+    Assigned,
+    ChildStatus,
+    Configure,
+    Deadline,
+    Disarm,
+    Drained,
+    EndStreams,
+    Fork,
+    Kill,
+    Operation,
+    RunnerSpec,
+    Status,
+    ZygoteReady,
+)
+
+#: Names that always reach the gateway: a loopback address cannot be rebound by a stranger's DNS.
+LOOPBACK_NAMES: Final = ("localhost", "127.0.0.1", "[::1]")
+
+#: Seconds for the gateway to commit what dead runners left in their pipes, at most 256 KiB each.
+_DRAIN_SECONDS: Final = 10.0
+
+#: Seconds for the gateway to end its streams, commit, and tell the courier.
+_END_SECONDS: Final = 6.0
+
+
+@dataclass(frozen=True, slots=True)
+class Ground:
+    """What a tree stands on, made before it and let go after it."""
+
+    config: Config
+    ready: ZygoteReady
+    settings: Settings
+    directory: state.StateDirectory
+    listener: socket.socket
+    url: str
+
+
+class Tree:
+    """One supervisor's processes. Everything happens in trio's main thread.
+
+    Args:
+      zygote: it is ready; its nursery outlives this one.
+    """
+
+    def __init__(self, ground: Ground, zygote: Zygote, nursery: trio.Nursery) -> None:
+        self._ground = ground
+        self._nursery = nursery
+        self._limits = ground.settings.limits
+        self._state = ProcessState.STARTING
+        self._started_at = trio.current_time()
+        self._changed = trio.Event()
+        self.stop_requested = trio.Event()
+        self._stop_now = trio.Event()
+        self._poke = listener.bind_poke(ground.directory.path / state.POKE_SOCKET)
+        self._runners = Runners(
+            ground.config, ground.settings, ground.directory.path, nursery, self._runner_up, self._runner_died
+        )
+        self._zygote = ZygoteKeeper(ground.config, zygote, ground.ready, nursery, self._wake)
+        self._pools = Pools(pools_of(ground.settings), self._runners, nursery, self._fork)
+        self._endings = Endings(self._runners, nursery)
+        self._gateway = Gateway(
+            configure=self._configuration,
+            listener=ground.listener,
+            runners=lambda: self._runners.all.values(),
+            on_message=self._gateway_says,
+            on_up=self._gateway_up,
+            on_down=self._gateway_down,
+        )
+        self._courier = Courier(
+            make=self._make_courier,
+            to_gateway=lambda message, fds: self._gateway.send(message, fds),
+            gateway_is_up=lambda: self._gateway.up,
+        )
+        self._strays = Strays(self._known_pids, lambda: self._zygote.births)
+
+    def _wake(self) -> None:
+        self._changed.set()
+        self._pools.look()
+
+    # --- runners -------------------------------------------------------------------------------------------
+
+    def _known_pids(self) -> set[int]:
+        children = (self._gateway.child, self._courier.child, self._zygote.child)
+        known = {child.pid for child in children if child is not None}
+        return known | {runner.child.pid for runner in self._runners.all.values()}
+
+    async def _fork(self, specs: Sequence[RunnerSpec]) -> None:
+        await self._runners.fork(self._zygote.fork, specs)
+
+    def _runner_up(self, runner: Runner) -> None:
+        self._gateway.send(runner.announcement(adopted=False), runner.ends.near)
+
+    def _runner_died(self, runner: Runner) -> None:
+        assert runner.exited is not None
+        self._endings.disarm(runner.spec.id)
+        self._gateway.send(runner.exited)
+        self._strays.look()
+        if self._state is ProcessState.RUNNING and not runner.used and not runner.ordered:
+            self._pools.died_idle(runner)
+        self._wake()
+
+    # --- gateway and courier -------------------------------------------------------------------------------
+
+    def _configuration(self, adopting: list[str]) -> Configure:
+        settings, path = self._ground.settings, self._ground.directory.path
+        hosts = self._zygote.ready.allowed_hosts if settings.allowed_hosts is None else settings.allowed_hosts
+        return Configure(
+            settings=dump_settings(settings),
+            catalogue=self._zygote.ready.catalogue,
+            state_dir=str(path),
+            url=self._ground.url,
+            boot_id=linux.boot_id(),
+            key_file=settings.key_file or str(path / state.KEY),
+            allowed_hosts=[*hosts, *LOOPBACK_NAMES],
+            versions=self._zygote.ready.versions,
+            adopting=adopting,
+        )
+
+    def _gateway_up(self) -> None:
+        self._endings.resume()
+        self._courier.link()
+
+    def _gateway_down(self) -> None:
+        self._endings.pause()
+        self._wake()
+
+    def _gateway_says(self, message: Report) -> None:
+        if isinstance(message, Drained):
+            self._runners.drained(message.runner)
+            self._wake()
+        elif isinstance(message, Assigned):
+            self._assigned(message)
+        elif isinstance(message, Deadline):
+            self._endings.arm(message)
+        elif isinstance(message, Disarm):
+            self._endings.disarm(message.runner, message.token)
+        elif isinstance(message, Kill):
+            self._endings.end(message.runner, message.kind, 0.0, message.detail)
+
+    def _assigned(self, message: Assigned) -> None:
+        runner = self._runners.all.get(message.runner)
+        if runner is None:
+            return
+        runner.used = True
+        if message.last and not runner.retired:
+            runner.retired = True
+            if runner.child.state is ProcessState.RUNNING:
+                runner.child.happen(ProcessEvent.DRAIN)
+        self._wake()
+
+    async def _make_courier(self, control: int, faults: int) -> Child:
+        fds = (control, self._poke.fileno(), faults)
+        path = str(self._ground.directory.path)
+        if all(pool.start == "spawn" for pool in self._ground.settings.all_pools.values()):
+            return spawn_role(self._ground.config, "courier", Fork(ask=0, courier=True, state_dir=path), fds)
+        ((pid, pidfd),) = await self._zygote.fork((), fds, courier=True, state_dir=path)
+        return Child("courier", pid, pidfd, group=True)
+
+    # --- start and stop ------------------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Start everything; return when the tree is READY.
+
+        Raises:
+          SupervisorError: the gateway does not come up.
+        """
+        await self._nursery.start(self._gateway.run)
+        self._state = ProcessState.RUNNING
+        self._nursery.start_soon(self._strays.run)
+        self._nursery.start_soon(self._endings.run)
+        self._nursery.start_soon(self._zygote.run)
+        self._nursery.start_soon(self._courier.run)
+        await self._nursery.start(self._pools.run)
+
+    def request_stop(self, *, now: bool) -> None:
+        """Begin to stop; a second request, or `now`, waits for nobody."""
+        if now or self.stop_requested.is_set():
+            self._stop_now.set()
+            self._wake()
+        self.stop_requested.set()
+
+    async def stop(self) -> None:
+        """Stop everything in order; each step is bounded."""
+        self._state = ProcessState.STOPPING
+        self._zygote.stopping = True
+        self._pools.stop()
+        self._endings.pause()
+        self._gateway.drain(self._limits.stop_grace_seconds)
+        await self._until(self._limits.stop_grace_seconds, self._all_dead, unless_now=True)
+        await self._end_runners()
+        await self._until(_DRAIN_SECONDS, lambda: not self._runners.all or not self._gateway.up)
+        self._gateway.stopping = True
+        self._gateway.send(EndStreams())
+        if self._gateway.child is not None:
+            with trio.move_on_after(_END_SECONDS):
+                await self._gateway.child.wait()
+        await self._courier.stop(2.0)
+
+    async def _end_runners(self) -> None:
+        """TERM what has not left in its grace, then KILL; without grace, or in a hurry, KILL at once."""
+        grace = 0.0 if self._stop_now.is_set() else self._limits.kill_grace_seconds
+        for id in list(self._runners.all):
+            self._endings.end(id, "stopped", grace)
+        await self._until(grace, self._all_dead, unless_now=True)
+        for id in list(self._runners.all):
+            self._endings.end(id, "stopped", 0.0)
+        await self._until(5.0, self._all_dead)
+
+    async def _until(
+        self, seconds: float, condition: Callable[[], bool], *, unless_now: bool = False
+    ) -> None:
+        with trio.move_on_after(seconds):
+            while not condition() and not (unless_now and self._stop_now.is_set()):
+                self._changed = trio.Event()
+                await self._changed.wait()
+
+    def _all_dead(self) -> bool:
+        # A fork under way becomes a runner that has to be sent home as well.
+        return not self._zygote.births and all(r.exited is not None for r in self._runners.all.values())
+
+    def close(self) -> None:
+        """Let go of every descriptor; all processes have ended."""
+        self._poke.close()
+        self._runners.close()
+
+    # --- what the operator sees ----------------------------------------------------------------------------
+
+    def operate(self, operation: Operation) -> Status:
+        """Carry out an operation of the command line."""
+        if operation.name == "stop":
+            self.request_stop(now=operation.now)
+        elif operation.name == "restart-gateway" and self._gateway.child is not None:
+            self._gateway.child.send_signal(signal.SIGKILL)
+        return self.status()
+
+    def status(self) -> Status:
+        """Return the tree as it is now."""
+        ready = self._zygote.ready
+        return Status(
+            pid=os.getpid(),
+            state=self._state.value,
+            url=self._ground.url,
+            state_dir=str(self._ground.directory.path),
+            settings_module=self._ground.config.settings_module,
+            uptime=trio.current_time() - self._started_at,
+            children=list(self._children()),
+            versions=ready.versions,
+            notes=[f"database: {ready.database_error}"] if ready.database_error else [],
+        )
+
+    def _children(self) -> Iterator[ChildStatus]:
+        gateway, courier, zygote = self._gateway, self._courier, self._zygote
+        if gateway.child is not None:
+            yield _status_of("gateway", "gateway", gateway.child, gateway.policy.restarts, gateway.last_exit)
+        yield _status_of("zygote", "zygote", zygote.child, zygote.restarts, zygote.last_exit)
+        if courier.child is not None:
+            yield _status_of("courier", "courier", courier.child, courier.policy.restarts, courier.last_exit)
+        for runner in self._runners.all.values():
+            yield _status_of(runner.spec.id, f"{runner.spec.role} ({runner.spec.pool})", runner.child)
+
+
+def _status_of(name: str, kind: str, child: Child, restarts: int = 0, last: str = "") -> ChildStatus:
+    age = trio.current_time() - child.started_at
+    return ChildStatus(
+        name=name, kind=kind, state=child.state.value, pid=child.pid, restarts=restarts, age=age, last=last
+    )
