@@ -31,6 +31,7 @@ from taskkit.wire.messages import (
     Disarm,
     Event,
     Finished,
+    Greeted,
     Hello,
     Kill,
     Progress,
@@ -166,6 +167,8 @@ class Book:
         for attempt in self.attempts.values():
             if attempt.row.runner == spec.id:
                 self._adopt(runner, attempt)
+        if session.seq:  # its Hello is stored, but whether the supervisor heard of it is not known
+            self.after.control.append(Greeted(runner=spec.id))
         if self.draining:  # born while the tree began to stop: nobody else would send it home
             runner.retiring = True
             self.after.orders.append((spec.id, Retire()))
@@ -320,6 +323,7 @@ class Book:
             self.after.created.append(message)
         else:
             assert isinstance(message, Hello)
+            self.after.control.append(Greeted(runner=runner.spec.id))
 
     def _event(self, token: str, type: str, data: bytes, now: float, blob: str | None = None) -> OpenAttempt:
         attempt = self.attempts[token]
@@ -337,6 +341,9 @@ class Book:
     def _say(self, run: RunRow, type: str, now: float, **data: Any) -> None:
         """Append an event of the gateway's own."""
         body = {**data, "_run": run.id, "_attempt": run.attempt, "_timestamp": rfc3339(now)}
+        if run.row is not None:
+            row = msgspec.json.decode(run.row, type=Row)
+            body |= {"_task_id": row.pk, "_app": row.app, "_model": row.model}
         self._append(run, run.attempt, type, msgspec.json.encode(body), now)
 
     def output(self, token: str, lines: Iterable[Line], now: float) -> None:

@@ -49,7 +49,7 @@ _LONGEST_SLEEP: Final = 3600.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunnerView:
-    """One runner as `/api/v1/runners` shows it. `state`: "IDLE", "BUSY", "RETIRING" or "EXITED"."""
+    """One runner as `/api/v1/runners` shows it: "STARTING", "IDLE", "BUSY", "RETIRING" or "EXITED"."""
 
     id: str
     pid: int
@@ -257,7 +257,7 @@ class Engine:
 
     def _view(self, runner: RunnerState) -> RunnerView:
         ids = tuple(self.book.attempts[token].run.id for token in runner.tokens)
-        state = "EXITED" if runner.exited else "BUSY" if ids else "RETIRING" if runner.retiring else "IDLE"
+        state = _state_of(runner)
         return RunnerView(
             id=runner.spec.id,
             pid=runner.pid,
@@ -434,6 +434,16 @@ class Engine:
     def close(self) -> None:
         """Let go of every descriptor."""
         self._pipes.close()
+
+
+def _state_of(runner: RunnerState) -> str:
+    if runner.exited is not None:
+        return "EXITED"
+    if runner.session.seq == 0:
+        return "STARTING"
+    if runner.tokens:
+        return "BUSY"
+    return "RETIRING" if runner.retiring else "IDLE"
 
 
 def _by_run(rows: Iterable[Any]) -> dict[int, list[Any]]:

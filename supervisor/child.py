@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import trio
 
+from supervisor.causes import signal_name
 from taskkit.lifecycle import ProcessEvent, ProcessState, next_process_state
 
 
@@ -26,7 +27,7 @@ class Exit:
 
     def __str__(self) -> str:
         if os.WIFSIGNALED(self.status):
-            return signal.Signals(os.WTERMSIG(self.status)).name
+            return signal_name(os.WTERMSIG(self.status))
         return f"exit code {os.waitstatus_to_exitcode(self.status)}"
 
 

@@ -33,7 +33,9 @@ class DeadlineLedger:
 
     def arm(self, order: Deadline, now: float) -> None:
         """Add a deadline, or replace the one of the same runner, token and kind."""
-        self._at[order.runner, order.token, order.kind] = (now + order.after, order.grace)
+        # While time stands still it is still the moment of the pause; `resume` adds what has stood since then.
+        moment = now if self._paused_at is None else self._paused_at
+        self._at[order.runner, order.token, order.kind] = (moment + order.after, order.grace)
 
     def disarm(self, runner: str, token: str | None = None) -> None:
         """Forget the deadlines of one attempt, or of a runner that is dead."""

@@ -27,6 +27,7 @@ from taskkit.wire.messages import (
     Drained,
     GatewayMessage,
     GatewayReady,
+    Greeted,
     Kill,
     Message,
     Stopped,
@@ -44,7 +45,7 @@ BEAT_SECONDS: Final = 10.0
 #: Starts of the very first gateway before its failure is taken for a boot error, which no restart mends.
 _BOOT_ATTEMPTS: Final = 3
 
-Report = GatewayReady | Drained | Deadline | Disarm | Kill | Assigned | Stopped | Beat
+Report = GatewayReady | Drained | Deadline | Disarm | Kill | Greeted | Assigned | Stopped | Beat
 
 
 def _nothing() -> None:

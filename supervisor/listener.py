@@ -174,11 +174,12 @@ def _remove_dead(path: Path, address: str) -> None:
             path.unlink(missing_ok=True)
             return
         except OSError as error:
-            if (
-                error.errno == errno.EPROTOTYPE
-            ):  # a SEQPACKET or datagram socket: not ours to judge by connecting
-                path.unlink(missing_ok=True)
-                return
+            if error.errno == errno.EPROTOTYPE:
+                # A SEQPACKET or datagram socket. Whether it lives cannot be told by connecting, and /run is full
+                # of living ones.
+                raise SettingsError(
+                    f"socket {str(path)!r}: a socket of another kind lies there; choose another path"
+                ) from error
             raise
     raise AddressInUse(f"socket {str(path)!r}: another program listens there; stop it or choose another path")
 

@@ -32,15 +32,18 @@ class RestartPolicy:
     """
 
     intensity: int | None = 10
-    period: float = 60.0
+    # A child that dies at once needs 61-81 s for its 11 deaths, as the waits between them grow: within 60 s it would
+    # never be one too many.
+    period: float = 120.0
     jitter: random.Random = field(default_factory=random.Random)
     _restarts: deque[float] = field(default_factory=deque)
     _streak: int = 0
     _ready_at: float | None = None
 
     def ready(self, now: float) -> None:
-        """The child has become ready."""
-        self._ready_at = now
+        """The child is ready, since now unless it was before: of many children, that none has died since."""
+        if self._ready_at is None:
+            self._ready_at = now
 
     def died(self, now: float) -> float | None:
         """Count one death; return seconds to wait before the restart, or None to give up."""

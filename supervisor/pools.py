@@ -53,6 +53,7 @@ class Pools:
 
     Args:
       fork: has the zygote fork runners of these specs.
+      on_made: told synchronously when runners have been made, or could not be.
     """
 
     def __init__(
@@ -60,12 +61,15 @@ class Pools:
         pools: Sequence[Pool],
         runners: Runners,
         nursery: trio.Nursery,
+        *,
         fork: Callable[[Sequence[RunnerSpec]], Awaitable[None]],
+        on_made: Callable[[], None],
     ) -> None:
         self._pools = {pool.name: pool for pool in pools}
         self._runners = runners
         self._nursery = nursery
         self._fork = fork
+        self._on_made = on_made
         self._changed = trio.Event()
         self._stopped = False
 
@@ -78,11 +82,11 @@ class Pools:
         self._changed.set()
 
     async def run(self, *, task_status: trio.TaskStatus[None]) -> None:
-        """Keep the pools full; `started` when they are for the first time."""
+        """Keep the pools full; `started` when they are for the first time, and every runner waits for orders."""
         announced = False
         while True:
             self._changed = trio.Event()
-            if not self._fill() and not announced:
+            if not self._fill() and not self._runners.starting and not announced:
                 announced = True
                 task_status.started()
             await self._changed.wait()
@@ -116,9 +120,12 @@ class Pools:
         except (ForkError, OSError) as error:
             logger.warning("pool %s: no new runner: %s", pool.name, error)
             self._back_off(pool)
+        else:
+            # Otherwise failures would add up for good: the ninth lost zygote in a month would cost half a minute.
+            pool.policy.ready(trio.current_time())
         finally:
             pool.births -= number
-            self.look()
+            self._on_made()
 
     def died_idle(self, runner: Runner) -> None:
         """A runner died before anybody gave it work, so it is not a task's fault: make the next one later."""

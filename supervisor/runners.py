@@ -20,7 +20,7 @@ from supervisor.causes import Death, classify
 from supervisor.child import Child, Exit, spawn
 from supervisor.config import Config
 from taskkit import linux, seqpacket
-from taskkit.lifecycle import ProcessEvent
+from taskkit.lifecycle import ProcessState
 from taskkit.settings import PoolSettings, Settings
 from taskkit.wire.codec import pack
 from taskkit.wire.framing import PIPE_SIZE
@@ -143,6 +143,11 @@ class Runners:
             result_limit=self.settings.limits.result_bytes,
         )
 
+    @property
+    def starting(self) -> bool:
+        """Whether some runner has not said hello yet."""
+        return any(runner.child.state is ProcessState.STARTING for runner in self.all.values())
+
     def living(self, pool: str) -> list[Runner]:
         """Return the runners of a pool that have not died."""
         return [r for r in self.all.values() if r.spec.pool == pool and r.exited is None]
@@ -197,7 +202,6 @@ class Runners:
 
     def _register(self, spec: RunnerSpec, ends: Ends, child: Child) -> None:
         ends.close_far()
-        child.happen(ProcessEvent.READY)
         runner = Runner(spec, child, ends, time.time())
         self.all[spec.id] = runner
         self.nursery.start_soon(self._await_death, runner)
@@ -263,6 +267,5 @@ def spawn_role(config: Config, name: str, order: Fork, fds: Sequence[int]) -> Ch
             "taskkit.zygote.spawned",
             [str(theirs.fileno()), json.dumps(options)],
             [theirs.fileno()],
-            session=False,
-            group=True,
+            session=True,
         )

@@ -64,11 +64,12 @@ class StateDirectory:
         return ""
 
     def release(self) -> None:
-        """Remove what another supervisor would trip over, then let go of the lock."""
+        """Remove what another supervisor would trip over, then let go of the lock; nothing without the lock."""
+        if self._lock == -1:
+            return  # the sockets are somebody else's
         for name in (CONTROL_SOCKET, POKE_SOCKET):
             with contextlib.suppress(FileNotFoundError):
                 (self.path / name).unlink()
-        if self._lock != -1:
-            os.ftruncate(self._lock, 0)
-            os.close(self._lock)
-            self._lock = -1
+        os.ftruncate(self._lock, 0)
+        os.close(self._lock)
+        self._lock = -1

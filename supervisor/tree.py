@@ -39,6 +39,7 @@ from taskkit.wire.messages import (
     Drained,
     EndStreams,
     Fork,
+    Greeted,
     Kill,
     Operation,
     RunnerSpec,
@@ -89,7 +90,9 @@ class Tree:
             ground.config, ground.settings, ground.directory.path, nursery, self._runner_up, self._runner_died
         )
         self._zygote = ZygoteKeeper(ground.config, zygote, ground.ready, nursery, self._wake)
-        self._pools = Pools(pools_of(ground.settings), self._runners, nursery, self._fork)
+        self._pools = Pools(
+            pools_of(ground.settings), self._runners, nursery, fork=self._fork, on_made=self._wake
+        )
         self._endings = Endings(self._runners, nursery)
         self._gateway = Gateway(
             configure=self._configuration,
@@ -113,8 +116,8 @@ class Tree:
     # --- runners -------------------------------------------------------------------------------------------
 
     def _known_pids(self) -> set[int]:
-        children = (self._gateway.child, self._courier.child, self._zygote.child)
-        known = {child.pid for child in children if child is not None}
+        children = (self._gateway.child, self._courier.child)
+        known = {child.pid for child in children if child is not None} | self._zygote.pids
         return known | {runner.child.pid for runner in self._runners.all.values()}
 
     async def _fork(self, specs: Sequence[RunnerSpec]) -> None:
@@ -161,6 +164,8 @@ class Tree:
         if isinstance(message, Drained):
             self._runners.drained(message.runner)
             self._wake()
+        elif isinstance(message, Greeted):
+            self._greeted(message.runner)
         elif isinstance(message, Assigned):
             self._assigned(message)
         elif isinstance(message, Deadline):
@@ -169,6 +174,12 @@ class Tree:
             self._endings.disarm(message.runner, message.token)
         elif isinstance(message, Kill):
             self._endings.end(message.runner, message.kind, 0.0, message.detail)
+
+    def _greeted(self, id: str) -> None:
+        runner = self._runners.all.get(id)
+        if runner is not None and runner.child.state is ProcessState.STARTING:
+            runner.child.happen(ProcessEvent.READY)
+            self._wake()
 
     def _assigned(self, message: Assigned) -> None:
         runner = self._runners.all.get(message.runner)

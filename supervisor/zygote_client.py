@@ -87,6 +87,7 @@ class Zygote:
             )
         self.was_spawned = True
         self._channel = Channel(ours, ZygoteMessage)
+        failure: NeverReady | None = None
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self.child.wait)
             nursery.start_soon(self._channel.run)
@@ -94,12 +95,17 @@ class Zygote:
                 task_status.started(await self._first_message())
                 self.child.happen(ProcessEvent.READY)
                 await self._listen()
+            except NeverReady as error:
+                failure = error
             finally:
                 self._fail_pending("the zygote is gone")
                 self._channel.close()
                 with trio.CancelScope(shield=True):
                     await self.child.end(1.0)
                 nursery.cancel_scope.cancel()
+        if failure is not None:
+            # Out here, because a nursery would wrap it in a group, and whoever catches NeverReady would miss it.
+            raise failure
 
     async def _first_message(self) -> ZygoteReady:
         try:

@@ -35,6 +35,7 @@ class ZygoteKeeper:
     ) -> None:
         self._config = config
         self._zygote = first
+        self._successor: Zygote | None = None
         self._nursery = nursery
         self._on_up = on_up
         self._up = trio.Event()
@@ -48,6 +49,12 @@ class ZygoteKeeper:
     def child(self) -> Child:
         """The present process; it may have died."""
         return self._zygote.child
+
+    @property
+    def pids(self) -> set[int]:
+        """Of the present process and of one that still imports the project: neither is a stray."""
+        zygotes = [zygote for zygote in (self._zygote, self._successor) if zygote is not None]
+        return {zygote.child.pid for zygote in zygotes if zygote.was_spawned}
 
     @property
     def births(self) -> int:
@@ -77,13 +84,14 @@ class ZygoteKeeper:
             assert delay is not None, "this policy never gives up"
             logger.warning("the zygote died (%s); starting another in %.1f s", self.last_exit, delay)
             await trio.sleep(delay)
-            successor = Zygote(self._config)
+            self._successor = successor = Zygote(self._config)
             try:
                 self.ready = await self._nursery.start(successor.run)
             except (NeverReady, OSError) as error:
                 logger.error("no zygote: %s", error)
                 continue
             finally:
+                self._successor = None
                 if successor.was_spawned:
                     self._zygote = successor
             policy.ready(trio.current_time())

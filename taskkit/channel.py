@@ -6,6 +6,7 @@ to each other cannot block each other (DESIGN §3.2). One task may receive; anyb
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 from collections import deque
@@ -85,7 +86,9 @@ class Channel(Generic[_M]):
                 try:
                     seqpacket.send(self._sock, payload, fds)
                 except BlockingIOError:
-                    await trio.lowlevel.wait_writable(self._sock)
+                    # Closed while it waited: `broken` ends the loop.
+                    with contextlib.suppress(trio.ClosedResourceError):
+                        await trio.lowlevel.wait_writable(self._sock)
                     continue
                 except OSError:
                     self._give_up()
@@ -99,11 +102,16 @@ class Channel(Generic[_M]):
         """Return the next message and the descriptors that came along; they are the caller's to close.
 
         Raises:
-          trio.EndOfChannel: the peer has closed or died.
+          trio.EndOfChannel: the peer has closed or died, or this side has given it up.
           RemoteWireError: the peer broke the protocol.
         """
         while True:
-            await trio.lowlevel.wait_readable(self._sock)
+            if self._sock.fileno() == -1:
+                raise trio.EndOfChannel
+            try:
+                await trio.lowlevel.wait_readable(self._sock)
+            except trio.ClosedResourceError:  # closed by another task of ours while this one waited
+                raise trio.EndOfChannel from None
             try:
                 received = seqpacket.receive(self._sock)
             except BlockingIOError:

@@ -388,6 +388,12 @@ class Kill(Message, frozen=True):
     detail: str = ""
 
 
+class Greeted(Message, frozen=True):
+    """The runner has said `Hello`: it has imported what it needs and waits for orders."""
+
+    runner: str
+
+
 class Assigned(Message, frozen=True):
     """The runner got a run; with `last` it gets no other, so that a replacement may be forked."""
 
@@ -404,7 +410,7 @@ class Beat(Message, frozen=True):
 
 
 GatewayOrder = Configure | RunnerUp | Exited | Link | Unlink | Drain | EndStreams
-GatewayMessage = GatewayReady | Drained | Deadline | Disarm | Kill | Assigned | Stopped | Beat
+GatewayMessage = GatewayReady | Drained | Deadline | Disarm | Kill | Greeted | Assigned | Stopped | Beat
 
 
 # --- supervisor ↔ courier -------------------------------------------------------------------------------------

@@ -7,53 +7,71 @@ an event loop, keeps one thread.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import signal
 import socket
 import sys
 import traceback
+from typing import TYPE_CHECKING
+
+import msgspec
 
 from taskkit import seqpacket
 from taskkit.errors import SettingsError
 from taskkit.wire.codec import pack, unpack
-from taskkit.wire.messages import Fork, Forked, ForkFailed, Message, Retire, ZygoteFailed, ZygoteOrder
+from taskkit.wire.messages import (
+    Fork,
+    Forked,
+    ForkFailed,
+    Message,
+    Retire,
+    ZygoteFailed,
+    ZygoteOrder,
+    ZygoteReady,
+)
 from taskkit.zygote import birth, prepare
 
-#: Weight of the session of zygote and runners, as a nice value (sched(7), autogroup).
-SESSION_NICE = 10
+if TYPE_CHECKING:  # it imports Django, which has to happen where a failure is told
+    from taskkit.registry import TaskDefinition
+
+
+class Options(msgspec.Struct, frozen=True):
+    """What the supervisor wants of a zygote: `path` goes in front of sys.path, `migrate` is for the demo."""
+
+    settings_module: str
+    path: list[str]
+    supervisor: int
+    migrate: bool = False
 
 
 def main(argv: list[str]) -> int:
     """Run the zygote; return its exit code: 0 when told to leave, 2 when the project cannot be prepared."""
     control = socket.socket(fileno=int(argv[1]))
-    options = json.loads(argv[2])
+    options = msgspec.json.decode(argv[2], type=Options)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     birth.name_process("bulkhead: zygote", "bh:zygote")
-    birth.die_with(options["supervisor"], signal.SIGTERM)
-    _lower_session_weight()
+    birth.die_with(options.supervisor, signal.SIGTERM)
+    birth.lower_session_weight()
     try:
-        tasks = prepare.load_project(options["settings_module"], options["path"])
-        prepare.check_pools(tasks)
-        probe = prepare.probe_database(migrate=options["migrate"])
-        forks = prepare.any_pool_forks()
-        if forks:
-            prepare.freeze({control.fileno()})
-        ready = prepare.describe(options["settings_module"], tasks, probe)
+        tasks, ready = _prepare(control, options)
     except prepare.NotForkSafe as error:
         return _fail(control, "not fork-safe", str(error))
     except SettingsError as error:
         return _fail(control, "settings", str(error))
     except BaseException as error:
-        reason = f"{type(error).__name__}: {error}"
-        return _fail(control, reason, traceback.format_exc())
+        return _fail(control, f"{type(error).__name__}: {error}", traceback.format_exc())
     seqpacket.send(control, pack(ready))
-    del ready
-    if forks:
-        _serve(control, tasks, options)
-    else:
-        seqpacket.receive(control)  # all pools spawn: stay for what the catalogue says, until the end
+    _serve(control, tasks, options.supervisor)
     return 0
+
+
+def _prepare(control: socket.socket, options: Options) -> tuple[dict[str, TaskDefinition], ZygoteReady]:
+    tasks = prepare.load_project(options.settings_module, options.path)
+    prepare.check_pools(tasks)
+    probe = prepare.probe_database(migrate=options.migrate)
+    if prepare.any_pool_forks():
+        prepare.freeze({control.fileno()})
+    return tasks, prepare.describe(options.settings_module, tasks, probe)
 
 
 def _fail(control: socket.socket, reason: str, detail: str) -> int:
@@ -62,28 +80,18 @@ def _fail(control: socket.socket, reason: str, detail: str) -> int:
     return 2
 
 
-def _lower_session_weight() -> None:
-    """Give the session of zygote and runners, which is one scheduling group, less weight than the rest.
-
-    Written once: an ordinary user may do so ten times a second only.
-    """
-    with contextlib.suppress(OSError):  # a kernel without autogroups
-        with open("/proc/self/autogroup", "w") as file:
-            file.write(str(SESSION_NICE))
-
-
-def _serve(control: socket.socket, tasks: dict[str, object], options: dict[str, object]) -> None:
+def _serve(control: socket.socket, tasks: dict[str, TaskDefinition], supervisor: int) -> None:
     while (received := seqpacket.receive(control)) is not None:
         payload, fds = received
         order: Fork | Retire = unpack(payload, ZygoteOrder)
         if isinstance(order, Retire):
             return
-        _fork(control, order, fds, tasks, options)
+        _fork(control, order, fds, tasks, supervisor)
         seqpacket.close_all(fds)
 
 
 def _fork(
-    control: socket.socket, order: Fork, fds: list[int], tasks: dict[str, object], options: dict[str, object]
+    control: socket.socket, order: Fork, fds: list[int], tasks: dict[str, TaskDefinition], supervisor: int
 ) -> None:
     """Fork the intermediate process, which forks the children and leaves, so that they become the supervisor's."""
     try:
@@ -96,20 +104,20 @@ def _fork(
         return
     code = 1
     try:
-        _bear(control, order, fds, tasks, options)
+        _bear(control, order, fds, tasks, supervisor)
         code = 0
     finally:
         os._exit(code)
 
 
 def _bear(
-    control: socket.socket, order: Fork, fds: list[int], tasks: dict[str, object], options: dict[str, object]
+    control: socket.socket, order: Fork, fds: list[int], tasks: dict[str, TaskDefinition], supervisor: int
 ) -> None:
     from taskkit.zygote import roles
 
-    supervisor = int(str(options["supervisor"]))
     count = 1 if order.courier else len(order.runners)
     each = len(fds) // count
+    parent = os.getpid()
     for index in range(count):
         try:
             pid = os.fork()
@@ -119,8 +127,8 @@ def _bear(
         if pid == 0:
             mine = fds[index * each : (index + 1) * each]
             if order.courier:
-                roles.live_as_courier(mine, supervisor, order.state_dir)
-            roles.live_as_runner(order.runners[index], mine, supervisor, tasks)  # type: ignore[arg-type]
+                roles.live_as_courier(mine, parent, supervisor, order.state_dir)
+            roles.live_as_runner(order.runners[index], mine, parent, supervisor, tasks)
         _announce(control, Forked(ask=order.ask, index=index, pid=pid), pid)
 
 

@@ -19,6 +19,9 @@ from taskkit import linux
 #: Descriptors of ours start here, so that a number which user code closes by mistake (3, 4, 5 …) is not one of them.
 FIRST_DESCRIPTOR: Final = 500
 
+#: Weight of a session that performs tasks, as a nice value (sched(7), autogroup).
+SESSION_NICE: Final = 10
+
 #: Seconds to wait for the intermediate process of a double fork to go. It has one system call left to make.
 _REPARENT_SECONDS: Final = 5.0
 
@@ -53,16 +56,16 @@ def reset_signals() -> None:
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
 
 
-def await_adoption(supervisor: int) -> None:
-    """Wait until the supervisor is this process's parent.
+def await_adoption(parent: int, supervisor: int) -> None:
+    """Wait until the process that forked this one, `parent`, has gone, and the supervisor is the parent.
 
     Raises:
-      Orphaned: it did not become so; it has died.
+      Orphaned: somebody else is; the supervisor has died. Known at once, so that nobody survives it for long.
     """
     deadline = time.monotonic() + _REPARENT_SECONDS
-    while os.getppid() != supervisor:
-        if time.monotonic() > deadline:
-            raise Orphaned(f"parent is {os.getppid()}, not the supervisor {supervisor}")
+    while (now := os.getppid()) != supervisor:
+        if now != parent or time.monotonic() > deadline:
+            raise Orphaned(f"the parent is {now}, not the supervisor {supervisor}")
         time.sleep(0.0002)
 
 
@@ -84,11 +87,21 @@ def reseed() -> None:
 
 def own_group(*, session: bool) -> None:
     """Become the leader of a process group, so that one kill reaches what user code forks; or of a session."""
-    if session:
-        with contextlib.suppress(PermissionError):  # leader already, after an exec with start_new_session
+    with contextlib.suppress(PermissionError):  # leader already, after an exec with start_new_session
+        if session:
             os.setsid()
-    else:
-        os.setpgid(0, 0)
+        else:
+            os.setpgid(0, 0)
+
+
+def lower_session_weight() -> None:
+    """Give this session, which is one scheduling group, less weight than the rest of the machine.
+
+    One write: an ordinary user may make ten a second (sched(7), autogroup).
+    """
+    with contextlib.suppress(OSError):  # a kernel without autogroups
+        with open("/proc/self/autogroup", "w") as file:
+            file.write(str(SESSION_NICE))
 
 
 def name_process(title: str, comm: str) -> None:

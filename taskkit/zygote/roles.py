@@ -26,12 +26,13 @@ COURIER_ENDS = ("control", "poke", "faults")
 
 
 def live_as_runner(
-    spec: RunnerSpec, fds: list[int], supervisor: int, tasks: dict[str, TaskDefinition]
+    spec: RunnerSpec, fds: list[int], parent: int, supervisor: int, tasks: dict[str, TaskDefinition]
 ) -> None:
     """Become a runner; never returns.
 
     Args:
       fds: descriptors in the order of RUNNER_ENDS.
+      parent: pid of the process that forked this one; the supervisor's own after an exec.
       supervisor: pid of the process that has to be, or become, the parent.
     """
     code = BOOT_FAILED
@@ -41,7 +42,7 @@ def live_as_runner(
         birth.name_process(
             f"bulkhead: {spec.role} {spec.id} ({spec.pool})", f"bh:{spec.role} {spec.id.rpartition('-')[2]}"
         )
-        birth.await_adoption(supervisor)
+        birth.await_adoption(parent, supervisor)
         birth.die_with(supervisor, signal.SIGKILL)
         birth.own_group(session=False)
         birth.become_subreaper()
@@ -60,15 +61,15 @@ def live_as_runner(
         os._exit(code)
 
 
-def live_as_courier(fds: list[int], supervisor: int, state_dir: str) -> None:
-    """Become the courier; never returns. `fds` are in the order of COURIER_ENDS."""
+def live_as_courier(fds: list[int], parent: int, supervisor: int, state_dir: str) -> None:
+    """Become the courier; never returns. `fds` are in the order of COURIER_ENDS, the rest as for a runner."""
     code = BOOT_FAILED
     try:
         control, poke, faults = birth.move_descriptors(fds)
         birth.reset_signals()
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         birth.name_process("bulkhead: courier", "bh:courier")
-        birth.await_adoption(supervisor)
+        birth.await_adoption(parent, supervisor)
         birth.die_with(supervisor, signal.SIGTERM)
         # Out of the runners' session: there, their autogroup's low weight would be the courier's as well.
         birth.own_group(session=True)

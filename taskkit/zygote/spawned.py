@@ -23,6 +23,7 @@ def main(argv: list[str]) -> int:
     options = json.loads(argv[2])
     birth.die_with(options["supervisor"], signal.SIGKILL)
     birth.name_process(f"bulkhead: {options['name']}", f"bh:{options['name']}")
+    birth.lower_session_weight()
     tasks = prepare.load_project(options["settings_module"], options["path"])
     from taskkit.zygote import roles
 
@@ -31,9 +32,10 @@ def main(argv: list[str]) -> int:
         return roles.ORPHANED
     payload, fds = received
     order: Fork = unpack(payload, Fork)
+    supervisor = options["supervisor"]
     if order.courier:
-        roles.live_as_courier(fds, options["supervisor"], order.state_dir)
-    roles.live_as_runner(order.runners[0], fds, options["supervisor"], tasks)
+        roles.live_as_courier(fds, supervisor, supervisor, order.state_dir)
+    roles.live_as_runner(order.runners[0], fds, supervisor, supervisor, tasks)
     return 0
 
 

@@ -50,10 +50,16 @@ PURE = (
     "gateway.arguments",
     "gateway.output",
     "gateway.book",
+    "gateway.endings",
+    "gateway.state",
+    "gateway.snapshot",
     "gateway.dispatch",
     "gateway.store.rows",
     "supervisor.policy",
     "supervisor.causes",
+    "supervisor.deadlines",
+    "supervisor.pool",
+    "supervisor.config",
 )
 
 USER_CODE = ("bulkhead_demo", "demo", "tests")

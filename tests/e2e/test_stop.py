@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.helpers import SseEvent, Tree, eventually, processes_of, socket_files, wait_until_gone
+from tests.helpers import SseEvent, Tree, describe, eventually, processes_of, socket_files, wait_until_gone
 
 
 def everything_of(tree: Tree) -> set[psutil.Process]:
@@ -79,12 +79,15 @@ def test_a_killed_supervisor_takes_its_runners_along_and_loses_no_run(tmp_state_
         runs = busy(tree)
         waiting = [tree.submit("demo.quiet", seconds=0.1)["id"] for _ in range(3)]
         children = set(psutil.Process(tree.pid).children(recursive=True))
-        runners = {process for process in children if "runner" in " ".join(process.cmdline())}
+        runners = {process for process in children if "runner" in describe(process)}
         assert runners
         os.kill(tree.pid, signal.SIGKILL)
         tree.process.wait(5)
         assert not wait_until_gone(runners, 0.5), "a runner survives its supervisor"
-        assert not wait_until_gone(children, 2.0), "a child survives its supervisor by two seconds"
+        left = wait_until_gone(children, 2.0)
+        assert not left, (
+            "survive their supervisor by two seconds: " + "; ".join(map(describe, left)) + tree.tail(2000)
+        )
 
         port = tree.url.rpartition(":")[2]
         tree.args = ("--bind", f"127.0.0.1:{port}")  # the same address, at once
