@@ -164,6 +164,8 @@ class Zygote:
         pending = self._pending[ask] = _Pending(1 if courier else len(specs), trio.Event(), {})
         try:
             self._channel.send(Fork(ask=ask, runners=list(specs), courier=courier, state_dir=state_dir), fds)
+            if self._channel.broken:  # it has died a moment ago: nobody will answer
+                raise ForkError("the zygote is gone")
             with trio.move_on_after(FORK_SECONDS):
                 await pending.done.wait()
         finally:
