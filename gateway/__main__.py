@@ -148,6 +148,7 @@ async def _live(channel: Channel[Orders], configure: Configure, listener: socket
     shutdown = trio.Event()
     async with trio.open_nursery() as serving, trio.open_nursery() as nursery:
         nursery.start_soon(engine.run)
+        await engine.flush()  # what was lost with the last supervisor is on disk before anybody can ask
         await serving.start(
             lambda task_status: serve(
                 app,

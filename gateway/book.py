@@ -18,7 +18,7 @@ from gateway.output import Line
 from gateway.state import After, OpenAttempt, RunnerState
 from gateway.store.rows import AttemptRow, Batch, EventRow, KeyRow, Opened, OutputRow, RunRow
 from gateway.submission import Submission
-from taskkit.errors import LifecycleError
+from taskkit.errors import LifecycleError, UnexpectedMessage
 from taskkit.identifiers import new_run_id, new_token
 from taskkit.lifecycle import Ending, RunEvent, RunStatus, next_run_status, verdict
 from taskkit.settings import Settings
@@ -327,6 +327,10 @@ class Book:
 
     def _event(self, token: str, type: str, data: bytes, now: float, blob: str | None = None) -> OpenAttempt:
         attempt = self.attempts[token]
+        if (
+            b"\n" in data or b"\r" in data
+        ):  # JSON of ours has none; with one, a task could forge events of a stream
+            raise UnexpectedMessage("an event's data has a line break")
         self._append(attempt.run, attempt.row.number, type, data, now, blob)
         return attempt
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -131,8 +132,9 @@ class Engine:
         self.intake = Intake(self)
         self.rounds = 0
         self._started_at = trio.current_time()
+        planned = Counter(row.run for row in book.batch.events)  # at the start: what became of lost attempts
         for run in book.runs.values():
-            hub.opened(run.no, run.tail)
+            hub.opened(run.no, run.tail - planned[run.no])
 
     # --- what requests want --------------------------------------------------------------------------------
 

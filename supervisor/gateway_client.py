@@ -133,12 +133,11 @@ class Gateway:
                 session=False,
             )
         channel: Channel[Report] = Channel(ours, GatewayMessage)
-        self._channel = channel
         async with trio.open_nursery() as nursery:
             nursery.start_soon(child.wait)
             nursery.start_soon(channel.run)
             try:
-                self._introduce()
+                self._introduce(channel)
                 await self._listen(channel, child)
             finally:
                 self.up = False
@@ -150,7 +149,9 @@ class Gateway:
                 channel.close()
                 nursery.cancel_scope.cancel()
 
-    def _introduce(self) -> None:
+    def _introduce(self, channel: Channel[Report]) -> None:
+        """Say everything that a new gateway has to know; nothing else may be said before."""
+        self._channel = channel
         runners = list(self._runners())
         self.send(self._configure([runner.spec.id for runner in runners]), [self._listener.fileno()])
         for runner in runners:

@@ -20,6 +20,9 @@ from taskkit.wire.messages import Finished, Progress, RunnerSpec, Start
 #: What a generator's yield is called on the stream.
 YIELD_EVENT = "progress"
 
+#: Characters of a progress message that are kept: it has to fit the frame of a pipe that the kernel made small.
+MAX_PROGRESS_MESSAGE = 200
+
 #: Seconds before the next attempt when the task allows several and has no `backoff`: 2, 4, 8 … at most this.
 _MAX_DEFAULT_BACKOFF = 300.0
 
@@ -70,7 +73,7 @@ class Attempt:
 
     def progress(self, done: float, total: float | None = None, message: str = "") -> None:
         """See `taskkit.current.progress`."""
-        data = self._render({"done": done, "total": total, "message": str(message)[:1000]})
+        data = self._render({"done": done, "total": total, "message": str(message)[:MAX_PROGRESS_MESSAGE]})
         self._emitter.send_progress(Progress(token=self.token, data=data))
 
     def _render(self, data: Any) -> bytes:

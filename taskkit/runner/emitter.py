@@ -10,10 +10,12 @@ import uuid
 from collections.abc import Callable, Iterator
 from typing import Final
 
+import msgspec
+
 from taskkit import linux
 from taskkit.wire.codec import pack_runner_frame
 from taskkit.wire.framing import HEADER_SIZE, max_frame
-from taskkit.wire.messages import Event, Finished, Progress, RunnerMessage
+from taskkit.wire.messages import Event, Finished, Progress, RunnerMessage, TaskFailure
 
 #: Bytes that an event's frame has beyond name and data: header, map keys, token. Measured 98; rounded up.
 _OVERHEAD: Final = HEADER_SIZE + 128
@@ -102,12 +104,16 @@ class Emitter:
             self.send(Event(token=token, type=type, blob=name, size=size, sha256=digest))
 
     def finished(self, message: Finished) -> None:
-        """Write the end of an attempt; a large result goes to a blob."""
-        if len(message.result) <= self.inline_limit // 2:
-            self.send(message)
-            return
-        name, size, digest = self.blob(message.result)
-        self.send(Finished(token=message.token, ending=message.ending, blob=name, size=size, sha256=digest))
+        """Write the end of an attempt. A large result goes to a blob, a long failure is cut: it must be told."""
+        if message.failure is not None:
+            failure = _cut(message.failure, self.inline_limit)
+            message = msgspec.structs.replace(message, failure=failure)
+        elif len(message.result) > self.inline_limit:
+            name, size, digest = self.blob(message.result)
+            message = Finished(
+                token=message.token, ending=message.ending, blob=name, size=size, sha256=digest
+            )
+        self.send(message)
 
     def defer(self, action: Callable[[], None]) -> bool:
         """Have `action` called when the call under way ends; return False when there is none.
@@ -155,3 +161,20 @@ class Emitter:
             self._written.extend(map(os.write, (self._fd,), (rest,)))
         self._frame = b""
         self._written = []
+
+
+def _cut(failure: TaskFailure, room: int) -> TaskFailure:
+    """Return `failure` in at most `room` bytes, roughly: the end of a traceback says most, then its beginning."""
+    return TaskFailure(
+        exception=_cut_text(failure.exception, room // 8),
+        message=_cut_text(failure.message, room // 4),
+        traceback=_cut_text(failure.traceback, room // 2),
+    )
+
+
+def _cut_text(text: str, room: int) -> str:
+    data = text.encode()
+    if len(data) <= room:
+        return text
+    head, tail = data[: room // 3], data[-(room // 2) :]
+    return f"{head.decode(errors='ignore')}\n…\n{tail.decode(errors='ignore')}"

@@ -14,10 +14,6 @@ from django.utils.functional import Promise
 
 from taskkit.wire.messages import TaskFailure
 
-#: Longest message and traceback of a failure, characters: it has to fit a frame beside everything else.
-_MAX_MESSAGE: Final = 4_000
-_MAX_TRACEBACK: Final = 24_000
-
 _OURS: Final = str(Path(__file__).parent)
 
 
@@ -70,9 +66,6 @@ def failure_of(error: BaseException) -> TaskFailure:
     text = "".join(
         traceback.format_exception(type(error), error, _without_ours(error.__traceback__), limit=-60)
     )
-    if len(text) > _MAX_TRACEBACK:
-        head, tail = text[: _MAX_TRACEBACK // 3], text[-_MAX_TRACEBACK * 2 // 3 :]
-        text = "\n".join((head, f"… {len(text) - _MAX_TRACEBACK} characters …", tail))
     try:
         message = str(error)
     except Exception as broken:
@@ -80,6 +73,6 @@ def failure_of(error: BaseException) -> TaskFailure:
     # A lone surrogate in a message must not keep the failure itself from being told.
     return TaskFailure(
         exception=class_path(type(error)),
-        message=message[:_MAX_MESSAGE].encode("utf-8", "replace").decode(),
+        message=message.encode("utf-8", "replace").decode(),
         traceback=text.encode("utf-8", "replace").decode(),
     )

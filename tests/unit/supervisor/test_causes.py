@@ -9,7 +9,7 @@ import pytest
 
 from supervisor.causes import Death, classify, signal_name
 from taskkit.wire.messages import Cause
-from taskkit.zygote import roles
+from tests.conftest import DjangoProject
 
 
 def exited(code: int) -> int:
@@ -82,6 +82,8 @@ def test_every_signal_has_a_name(number: int) -> None:
     assert signal_name(number).startswith("SIG")
 
 
-def test_the_codes_are_those_that_a_child_leaves_with() -> None:
+def test_the_codes_are_those_that_a_child_leaves_with(django_project: DjangoProject) -> None:
+    from taskkit.zygote import roles  # needs Django, which the room under test must not import
+
     assert classify(Death(exited(roles.BOOT_FAILED))).kind == "boot"
     assert classify(Death(exited(roles.ORPHANED))).kind == "lost"
