@@ -57,6 +57,9 @@ _OPEN_SECONDS: Final = 6.0
 #: Seconds that an orphan drains its pipes.
 _ORPHAN_SECONDS: Final = 1.5
 
+#: Seconds for a dead supervisor to be seen as dead.
+_REPARENT_SECONDS: Final = 0.3
+
 #: Seconds between beats.
 _BEAT_SECONDS: Final = 1.0
 
@@ -115,18 +118,32 @@ async def _obey(channel: Channel[Orders], engine: Engine, nursery: trio.Nursery)
             return True
 
 
-async def _main(control: socket.socket) -> None:
+async def _main(control: socket.socket, supervisor: int) -> None:
     channel: Channel[Orders] = Channel(control, GatewayOrder)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(channel.run)
         nursery.start_soon(_beat, channel.send)
         first, fds = await channel.receive()
         assert isinstance(first, Configure)
-        await _live(channel, first, socket.socket(fileno=fds[0]))
+        await _live(channel, first, socket.socket(fileno=fds[0]), supervisor)
         nursery.cancel_scope.cancel()
 
 
-async def _live(channel: Channel[Orders], configure: Configure, listener: socket.socket) -> None:
+async def _end_tasks(supervisor: int, mark: str) -> None:
+    """Kill what tasks have started when the supervisor, who would do so, has died.
+
+    `supervisor` is its pidfd. The kernel takes the runners along, but not their children. Nothing is done when only
+    the control socket has ended.
+    """
+    with trio.move_on_after(_REPARENT_SECONDS):  # the kernel closes a dying process's sockets first
+        await trio.lowlevel.wait_readable(supervisor)
+        killed = await trio.to_thread.run_sync(linux.kill_tree, mark)
+        logger.warning("the supervisor has died; ended %d process(es) of its tree", len(killed))
+
+
+async def _live(
+    channel: Channel[Orders], configure: Configure, listener: socket.socket, supervisor: int
+) -> None:
     settings = load_settings(configure.settings)
     directory = Path(configure.state_dir)
     store = SqliteStore(directory, boot_id=configure.boot_id)
@@ -162,6 +179,8 @@ async def _live(channel: Channel[Orders], configure: Configure, listener: socket
         )
         channel.send(GatewayReady())
         wanted = await _obey(channel, engine, nursery)
+        if not wanted:
+            await _end_tasks(supervisor, configure.tree_mark)
         await _leave(engine, hub, shutdown, listener, orphaned=not wanted)
         if wanted:
             channel.send(Stopped())
@@ -202,9 +221,10 @@ def main(argv: list[str]) -> int:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     linux.set_not_dumpable()
     control = socket.socket(fileno=int(argv[1]))
+    supervisor = os.pidfd_open(int(argv[2]))
     if os.getppid() != int(argv[2]):
-        return 0
-    trio.run(_main, control)
+        return 0  # it died while this process began
+    trio.run(_main, control, supervisor)
     return 0
 
 

@@ -54,10 +54,8 @@ class Authenticator:
         if headers:
             return tokens.verify(self.key, _bearer(headers))
         token = request.cookies.get(COOKIE, "")
-        if token and not self._takes_cookie(request):
-            raise TokenError(
-                "missing", "a cookie counts for GET of this site's pages only; send a Bearer token"
-            )
+        if token and (reason := self._against_cookie(request)):
+            raise TokenError("missing", reason)
         return tokens.verify(self.key, token)
 
     def require(self, request: HTTPConnection, action: str) -> Claims:
@@ -72,14 +70,17 @@ class Authenticator:
             raise Forbidden(f"the token does not allow {action!r}")
         return claims
 
-    def _takes_cookie(self, request: HTTPConnection) -> bool:
+    def _against_cookie(self, request: HTTPConnection) -> str:
+        """Return why a cookie does not count here, with the remedy; "" when it does."""
         if request.scope.get("method") not in _COOKIE_METHODS:
-            return False
+            return "a cookie counts for GET and HEAD only; send a Bearer token"
         origin = request.headers.get("origin")
         # Absent on same-origin GETs and on navigation, which shows its result to nobody else.
         if origin is None or origin in self.cors_origins:
-            return True
-        return origin.partition("://")[2].lower() == request.headers.get("host", "").lower()
+            return ""
+        if origin.partition("://")[2].lower() == request.headers.get("host", "").lower():
+            return ""
+        return f"origin {origin[:200]!r} is not in CORS_ORIGINS; add it, or send a Bearer token"
 
 
 def _bearer(headers: list[str]) -> str:

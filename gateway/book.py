@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, Final
 
 import msgspec
 
 from gateway.dispatch import Queues, Seat, choose, pools_of
-from gateway.endings import ending_of, error_of, last_event, rfc3339
+from gateway.endings import ending_of, error_of, last_event, of_user_code, rfc3339
 from gateway.output import Line
 from gateway.state import After, OpenAttempt, RunnerState
 from gateway.store.rows import AttemptRow, Batch, EventRow, KeyRow, Opened, OutputRow, RunRow
@@ -44,6 +44,10 @@ from taskkit.wire.messages import (
     TaskFailure,
 )
 from taskkit.wire.session import AttemptState, Judgement, RunnerSession
+
+#: Seconds that an attempt may take to begin beyond its timeout. The limit is set before `Start`, so that it holds
+#: whoever dies, and set anew when the attempt begins.
+_START_SECONDS: Final = 10.0
 
 
 class Book:
@@ -216,11 +220,11 @@ class Book:
         self.after.drained.append(id)
 
     def _runner_lost_attempt(self, attempt: OpenAttempt, cause: Cause, now: float) -> None:
-        ending = ending_of(cause)
         if attempt.row.started_at is None:
             self._never_started(attempt, cause, now)
         else:
-            self._end_attempt(attempt, ending, now, cause=cause)
+            cause = of_user_code(cause)
+            self._end_attempt(attempt, ending_of(cause), now, cause=cause)
 
     def _never_started(self, attempt: OpenAttempt, cause: Cause, now: float) -> None:
         """The runner died before it said `Started`: the attempt did not happen and is not counted."""
@@ -268,25 +272,29 @@ class Book:
         self._order_start(runner, run, row)
 
     def _order_start(self, runner: RunnerState, run: RunRow, row: AttemptRow) -> None:
-        timeout = run.timeout
-        if timeout is not None:
-            grace = self._settings.limits.kill_grace_seconds
-            self.after.control.append(
-                Deadline(runner=row.runner, token=row.token, kind="timeout", after=timeout, grace=grace)
-            )
+        self._limit_time(run, row, _START_SECONDS)
         start = Start(
             run=run.id,
             attempt=row.number,
             token=row.token,
             task=run.task,
-            args=msgspec.json.decode(run.args),
-            kwargs=msgspec.json.decode(run.kwargs),
+            args=run.args,
+            kwargs=run.kwargs,
             row=None if run.row is None else msgspec.json.decode(run.row, type=Row),
             max_attempts=run.max_attempts,
-            metadata=msgspec.json.decode(run.metadata),
+            metadata=run.metadata,
             memory_limit=self._memory_limit(run),
         )
         self.after.orders.append((runner.spec.id, start))
+
+    def _limit_time(self, run: RunRow, row: AttemptRow, extra: float) -> None:
+        """Have the supervisor end the attempt at its timeout; a later limit replaces an earlier one."""
+        if run.timeout is not None:
+            grace = self._settings.limits.kill_grace_seconds
+            after = run.timeout + extra
+            self.after.control.append(
+                Deadline(runner=row.runner, token=row.token, kind="timeout", after=after, grace=grace)
+            )
 
     def _memory_limit(self, run: RunRow) -> int | None:
         return self.memory_limits.get(run.task)
@@ -382,6 +390,7 @@ class Book:
         run.counted += 1
         run.started_at = run.started_at or now
         self.batch.changed_attempts.append(row)
+        self._limit_time(run, row, 0.0)
         self._say(run, "run.started", now, attempt=row.number, runner=row.runner, pid=row.pid)
         self._changed(run)
 
@@ -440,6 +449,7 @@ class Book:
             on_lost=run.on_lost,
             cancelling=run.cancelling,
             retry_in=finished.retry_in if finished else None,
+            lost=0 if attempt.stopping else run.attempt - run.counted,
         )
         error = None if ending is Ending.RETURNED else error_of(ending, cause, failure)
         if decision.event in (RunEvent.RETRY, RunEvent.PUT_BACK):

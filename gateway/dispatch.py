@@ -22,6 +22,7 @@ class Queues:
     _ready: dict[str, list[tuple[int, int]]] = field(default_factory=dict)
     _later: list[tuple[float, int]] = field(default_factory=list)
     _waiting: dict[int, RunRow] = field(default_factory=dict)
+    _left: int = 0  # entries of runs that left, at most
 
     def __len__(self) -> int:
         return len(self._waiting)
@@ -46,7 +47,20 @@ class Queues:
 
     def remove(self, no: int) -> None:
         """A run waits no longer."""
-        self._waiting.pop(no, None)
+        if self._waiting.pop(no, None) is None:
+            return
+        self._left += 1
+        if self._left > len(self._waiting) + 100:
+            self._sweep()
+
+    def _sweep(self) -> None:
+        """Forget the entries of runs that left: submitted and cancelled behind one that waits, they would pile up."""
+        self._left = 0
+        self._later = [entry for entry in self._later if entry[1] in self._waiting]
+        heapq.heapify(self._later)
+        for pool, heap in self._ready.items():
+            self._ready[pool] = [entry for entry in heap if entry[1] in self._waiting]
+            heapq.heapify(self._ready[pool])
 
     def next_due(self) -> float | None:
         """Return when the next waiting run's time comes."""
@@ -67,9 +81,9 @@ class Queues:
         heap = self._ready.get(pool, [])
         while heap:
             _, no = heapq.heappop(heap)
-            run = self._waiting.get(no)
-            if run is not None and (run.run_after is None or run.run_after <= now):
-                del self._waiting[no]
+            # Its time is not asked again: if the wall clock was set back since it came, the run would be lost here.
+            run = self._waiting.pop(no, None)
+            if run is not None:
                 return run
         return None
 

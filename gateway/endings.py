@@ -30,6 +30,18 @@ def ending_of(cause: Cause) -> Ending:
     return _BY_CAUSE.get(cause.kind, Ending.CRASHED)
 
 
+def of_user_code(cause: Cause) -> Cause:
+    """Return the cause of death of a runner that had begun an attempt.
+
+    A runner that cannot start leaves with an exit code of its own. Once user code runs, that code is user code's:
+    taken for a failed start it would be tried again for ever, uncounted.
+    """
+    if cause.kind in ("boot", "lost") and cause.exit_code is not None:
+        detail = f"the process left with exit code {cause.exit_code} in the middle of the task"
+        return msgspec.structs.replace(cause, kind="exit", detail=detail)
+    return cause
+
+
 def last_event(run: RunRow, error: dict[str, Any] | None) -> dict[str, Any]:
     """Return the data of a run's `stream.end`, by its status; a large result is fetched from the run instead."""
     body: dict[str, Any] = {"status": run.status.value}

@@ -7,8 +7,9 @@ from typing import Final
 
 import msgspec
 
-#: Longest line that is kept together, bytes.
-MAX_LINE: Final = 16 * 1024
+#: Longest record that is kept together, bytes; a longer line becomes several. The runner cuts text at 8,192
+#: characters, each of which may take six bytes of JSON.
+MAX_LINE: Final = 64 * 1024
 
 _RS: Final = b"\x1e"
 _US: Final = b"\x1f"
@@ -34,7 +35,7 @@ class OutputParser:
 
     Attributes:
       plain: token of the attempt that plain lines belong to.
-      ended: tokens whose end marker has been seen.
+      ended: tokens whose end marker has been seen, and whose count of dropped lines has to be told.
     """
 
     lines_per_second: int
@@ -49,16 +50,21 @@ class OutputParser:
         """Take in bytes; return the lines they completed, by attempt token. `now` is monotonic seconds."""
         self._refill(now)
         found: dict[str, list[Line]] = {}
-        *records, self._rest = (self._rest + data).split(b"\n")
-        if len(self._rest) > MAX_LINE:
-            records.append(self._rest)
-            self._rest = b""
-        for record in records:
-            token, line = self._read(record)
-            if line is not None:
-                self._keep(token, line, found)
+        *lines, self._rest = (self._rest + data).split(b"\n")
+        for whole in lines:
+            # In pieces counted from the line's start, so that it does not matter in what cuts it came.
+            for start in range(0, len(whole), MAX_LINE):
+                self._take(whole[start : start + MAX_LINE], found)
+        while len(self._rest) > MAX_LINE:
+            self._take(self._rest[:MAX_LINE], found)
+            self._rest = self._rest[MAX_LINE:]
         self._tell_dropped(found)
         return found
+
+    def _take(self, record: bytes, found: dict[str, list[Line]]) -> None:
+        token, line = self._read(record)
+        if line is not None:
+            self._keep(token, line, found)
 
     def _refill(self, now: float) -> None:
         since = 1.0 if self._refilled_at is None else now - self._refilled_at
@@ -75,6 +81,7 @@ class OutputParser:
     def _tell_dropped(self, found: dict[str, list[Line]]) -> None:
         for token in [t for t in self._dropped if self._allowance >= 1 or t in self.ended]:
             count = self._dropped.pop(token)
+            self.ended.discard(token)
             text = f"… {count} lines dropped: more than {self.lines_per_second} a second"
             found.setdefault(token, []).append(Line("output", text))
 
@@ -90,7 +97,9 @@ class OutputParser:
         if kind == b"B":
             self.plain = token
         elif kind == b"E":
-            self.ended.add(token)
+            # Others have nothing left to tell, and forged markers must not pile up.
+            if token in self._dropped:
+                self.ended.add(token)
             self.plain = ""
         return token, None
 
@@ -111,9 +120,13 @@ def _logged(body: bytes) -> Line:
         record = msgspec.json.decode(body, type=_Logged)
     except msgspec.DecodeError:  # cut, or forged by user code: keep what is there
         return Line("logging", _text(body))
-    return Line("logging", record.text, record.level, record.logger)
+    return Line("logging", _shown(record.text), record.level, record.logger)
 
 
 def _text(data: bytes) -> str:
+    return _shown(data.decode("utf-8", "replace"))
+
+
+def _shown(text: str) -> str:
     # \r would end a line of server-sent events, and NUL ends text for some readers.
-    return data[:MAX_LINE].decode("utf-8", "replace").rstrip("\r").replace("\r", "␍").replace("\0", "␀")
+    return text.rstrip("\r").replace("\r", "␍").replace("\0", "␀")

@@ -19,10 +19,13 @@ API: Final = "/api/v1"
 
 
 def rfc3339(moment: float | None) -> str | None:
-    """Return Unix seconds as RFC 3339 UTC with milliseconds."""
+    """Return Unix seconds as RFC 3339 UTC with milliseconds; None for what no calendar has."""
     if moment is None:
         return None
-    text = datetime.datetime.fromtimestamp(moment, datetime.UTC).isoformat(timespec="milliseconds")
+    try:
+        text = datetime.datetime.fromtimestamp(moment, datetime.UTC).isoformat(timespec="milliseconds")
+    except (OverflowError, ValueError, OSError):  # beyond the calendar: one row must not break a list
+        return None
     return text.replace("+00:00", "Z")
 
 

@@ -7,6 +7,7 @@ field.
 from __future__ import annotations
 
 import datetime
+import difflib
 import hashlib
 import itertools
 import math
@@ -88,6 +89,7 @@ class Catalogue:
     def __init__(self, tasks: Iterable[TaskInfo]) -> None:
         self._tasks = sorted(tasks, key=lambda task: task.name)
         self._found = {task.path: task for task in self._tasks} | {task.name: task for task in self._tasks}
+        self._names = [task.name for task in self._tasks]
         self._validators: dict[str, Validator] = {}
 
     def find(self, name: str) -> TaskInfo:
@@ -99,7 +101,11 @@ class Catalogue:
         try:
             return self._found[name]
         except KeyError:
-            raise UnknownTask(f"there is no task {name[:200]!r}; GET /api/v1/tasks lists them") from None
+            close = difflib.get_close_matches(name[:200], self._names, n=1)
+            hint = f"did you mean {close[0]}? " if close else ""
+            raise UnknownTask(
+                f"there is no task {name[:200]!r}; {hint}GET /api/v1/tasks lists them"
+            ) from None
 
     def all(self) -> list[TaskInfo]:
         """Return every task, by name."""
@@ -163,8 +169,8 @@ def parse_submission(
     submission.timeout = read.timeout(task, pools.get(submission.pool))
     submission.args, submission.kwargs = read.arguments(task, catalogue, limits)
     if errors:
-        shown = ", ".join(itertools.islice(errors, 5))
-        raise InvalidArguments(f"{task.name}: see {shown}", errors=errors)
+        shown = "; ".join(f"{field}: {text}" for field, text in itertools.islice(errors.items(), 5))
+        raise InvalidArguments(f"{task.name}: {shown}", errors=errors)
     return submission
 
 

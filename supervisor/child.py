@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import resource
+import secrets
 import signal
 import subprocess
 import sys
@@ -14,6 +16,7 @@ from dataclasses import dataclass
 import trio
 
 from supervisor.causes import signal_name
+from taskkit import linux
 from taskkit.lifecycle import ProcessEvent, ProcessState, next_process_state
 
 
@@ -110,31 +113,35 @@ def _exit_of(status: int, usage: resource.struct_rusage) -> Exit:
     return Exit(status, usage.ru_maxrss * 1024, usage.ru_utime + usage.ru_stime)
 
 
-def spawn(
-    name: str,
-    module: str,
-    arguments: Sequence[str],
-    fds: Sequence[int],
-    *,
-    session: bool,
-    group: bool = False,
-) -> Child:
+@functools.cache
+def tree_mark() -> str:
+    """Return the name of this supervisor's tree, in the environment of whatever it starts for user code."""
+    return f"{os.getpid()}-{secrets.token_hex(8)}"
+
+
+def spawn(name: str, module: str, arguments: Sequence[str], fds: Sequence[int], *, session: bool) -> Child:
     """Start `python -m module arguments` with only `fds` open besides the standard ones.
 
     Must be called in the main thread: a child's PDEATHSIG is bound to the thread that made it, and trio's own
     open_process uses a worker thread that ends after ten idle seconds and would take the child along.
 
+    Args:
+      session: it imports user code: it leads a session, and is marked together with all that it will start.
+
     Raises:
       OSError: the system has no room for another process.
     """
+    environment = {key: value for key, value in os.environ.items() if key != linux.TREE_MARK}
+    if session:
+        environment[linux.TREE_MARK] = tree_mark()
     process = subprocess.Popen(
         [sys.executable, "-P", "-m", module, *arguments],
         stdin=subprocess.DEVNULL,
         pass_fds=tuple(fds),
         start_new_session=session,
-        process_group=0 if group and not session else None,
+        env=environment,
     )
-    child = Child(name, process.pid, os.pidfd_open(process.pid), group=group or session)
+    child = Child(name, process.pid, os.pidfd_open(process.pid), group=session)
     # Popen would reap it behind our back at garbage collection, and warn.
     process.returncode = 0
     return child

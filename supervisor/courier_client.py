@@ -24,6 +24,9 @@ logger = logging.getLogger("bulkhead.supervisor")
 #: then some.
 BEAT_SECONDS: Final = 60.0
 
+#: Seconds for a courier that has hung up to leave by itself; Python's own clearing up takes a tenth.
+_LEAVE_SECONDS: Final = 0.5
+
 
 class Courier:
     """The courier of this tree, one process after the other. Its death disturbs no run and no stream.
@@ -99,7 +102,12 @@ class Courier:
             try:
                 with trio.fail_after(BEAT_SECONDS):
                     message, fds = await channel.receive()
-            except (trio.EndOfChannel, RemoteWireError):
+            except trio.EndOfChannel:
+                # It has hung up, so it is about to leave: let it, or its exit code and traceback would be lost.
+                with trio.move_on_after(_LEAVE_SECONDS):
+                    await child.wait()
+                return
+            except RemoteWireError:
                 return
             except trio.TooSlowError:
                 logger.error("the courier has not said anything for %.0f s; it is replaced", BEAT_SECONDS)

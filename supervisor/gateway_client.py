@@ -42,6 +42,9 @@ READY_SECONDS: Final = 20.0
 #: or the clients do.
 BEAT_SECONDS: Final = 10.0
 
+#: Seconds for a gateway that has hung up to leave by itself; Python's own clearing up takes a tenth.
+_LEAVE_SECONDS: Final = 0.5
+
 #: Starts of the very first gateway before its failure is taken for a boot error, which no restart mends.
 _BOOT_ATTEMPTS: Final = 3
 
@@ -167,7 +170,12 @@ class Gateway:
             try:
                 with trio.fail_after(limit):
                     message, fds = await channel.receive()
-            except (trio.EndOfChannel, RemoteWireError):
+            except trio.EndOfChannel:
+                # It has hung up, so it is about to leave: let it, or its exit code and traceback would be lost.
+                with trio.move_on_after(_LEAVE_SECONDS):
+                    await child.wait()
+                return
+            except RemoteWireError:
                 return
             except trio.TooSlowError:
                 logger.error("the gateway has not said anything for %.0f s; it is replaced", limit)

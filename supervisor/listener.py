@@ -119,7 +119,7 @@ def _kill_old_gateway(state_dir: Path) -> bool:
 
     The store's lock file names it by pid and start time, so that another process with its number is left alone.
     """
-    with contextlib.suppress(OSError, ValueError, KeyError, psutil.Error):
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, psutil.Error):
         record = json.loads((state_dir / "store.lock").read_text())
         process = psutil.Process(int(record["pid"]))
         if abs(process.create_time() - float(record["started"])) < 0.05:

@@ -132,6 +132,8 @@ class Pools:
         self._back_off(self._pools[runner.spec.pool])
 
     def _back_off(self, pool: Pool) -> None:
+        if pool.failing:
+            return  # those that die together are one failure; a wait for each would end with the shortest
         delay = pool.policy.died(trio.current_time())
         assert delay is not None, "a pool never gives up"
         pool.failing = True

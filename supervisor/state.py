@@ -5,12 +5,17 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import logging
 import os
 from pathlib import Path
 
 import psutil
 
+from supervisor.child import tree_mark
+from taskkit import linux
 from taskkit.errors import AlreadyRunning, SettingsError
+
+logger = logging.getLogger("bulkhead.supervisor")
 
 #: Names inside the state directory; for ever.
 LOCK = "lock"
@@ -52,14 +57,23 @@ class StateDirectory:
                 f"a supervisor{holder} is running on {self.path}; `bulkhead status` shows it, `bulkhead stop` stops "
                 "it, --state-dir chooses another directory"
             ) from None
+        self._end_leftovers(lock)
         os.ftruncate(lock, 0)
-        record = {"pid": os.getpid(), "started": psutil.Process().create_time()}
+        record = {"pid": os.getpid(), "started": psutil.Process().create_time(), "mark": tree_mark()}
         os.pwrite(lock, json.dumps(record).encode() + b"\n", 0)
         self._lock = lock
 
     @staticmethod
+    def _end_leftovers(lock: int) -> None:
+        """Kill what tasks of a supervisor that was killed here have left behind: their runs begin again."""
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # a clean stop leaves no record
+            left = linux.kill_tree(str(json.loads(os.pread(lock, 1000, 0))["mark"]))
+            if left:
+                logger.warning("killed %d process(es) of the tree before: %s", len(left), sorted(left))
+
+    @staticmethod
     def _holder(lock: int) -> str:
-        with contextlib.suppress(OSError, ValueError, KeyError):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # it may be anything
             return f" (pid {json.loads(os.pread(lock, 1000, 0))['pid']})"
         return ""
 

@@ -50,8 +50,11 @@ class Strays:
             if self._births():
                 await trio.sleep(_RETRY)
                 self._wake.set()
-            else:
-                self.sweep()
+            elif self.sweep():
+                await trio.sleep(
+                    _RETRY
+                )  # they are zombies in a moment, and their own children come to us now
+                self._wake.set()
 
     def sweep(self) -> set[int]:
         """Kill every unknown child and reap the dead; return the pids that were alive."""
@@ -66,5 +69,4 @@ class Strays:
         if alive:
             self.killed += len(alive)
             logger.info("killed %d process(es) that a task left behind: %s", len(alive), sorted(alive))
-            self._wake.set()  # they are zombies in a moment, and their own children come to us now
         return alive

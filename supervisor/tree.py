@@ -17,7 +17,7 @@ from typing import Final
 import trio
 
 from supervisor import listener, state
-from supervisor.child import Child
+from supervisor.child import Child, tree_mark
 from supervisor.config import Config
 from supervisor.courier_client import Courier
 from supervisor.endings import Endings
@@ -150,6 +150,7 @@ class Tree:
             allowed_hosts=[*hosts, *LOOPBACK_NAMES],
             versions=self._zygote.ready.versions,
             adopting=adopting,
+            tree_mark=tree_mark(),
         )
 
     def _gateway_up(self) -> None:

@@ -19,6 +19,12 @@ if TYPE_CHECKING:  # the same names for type checkers
     from taskkit.current import emit as emit
     from taskkit.current import progress as progress
     from taskkit.errors import RunCancelled as RunCancelled
+    from taskkit.errors import RunCrashed as RunCrashed
+    from taskkit.errors import RunError as RunError
+    from taskkit.errors import RunFailed as RunFailed
+    from taskkit.errors import RunLost as RunLost
+    from taskkit.errors import RunTimedOut as RunTimedOut
+    from taskkit.errors import RunWasCancelled as RunWasCancelled
     from taskkit.errors import TaskTimeout as TaskTimeout
     from taskkit.outbox import submit as submit
     from taskkit.stream_task import StreamTask as StreamTask
@@ -28,6 +34,12 @@ if TYPE_CHECKING:  # the same names for type checkers
 
 _HOMES = {
     "RunCancelled": "taskkit.errors",
+    "RunCrashed": "taskkit.errors",
+    "RunError": "taskkit.errors",
+    "RunFailed": "taskkit.errors",
+    "RunLost": "taskkit.errors",
+    "RunTimedOut": "taskkit.errors",
+    "RunWasCancelled": "taskkit.errors",
     "StreamTask": "taskkit.stream_task",
     "TaskTimeout": "taskkit.errors",
     "current_run": "taskkit.current",
@@ -40,6 +52,12 @@ _HOMES = {
 
 __all__ = [
     "RunCancelled",
+    "RunCrashed",
+    "RunError",
+    "RunFailed",
+    "RunLost",
+    "RunTimedOut",
+    "RunWasCancelled",
     "StreamTask",
     "TaskTimeout",
     "__version__",

@@ -11,7 +11,7 @@ import contextlib
 import os
 import threading
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 from urllib.parse import quote, urlsplit
@@ -290,7 +290,12 @@ class Client:
         return {"method": "GET", "url": path, "params": params, "headers": headers, "timeout": calls.SILENCE}
 
     def follow(
-        self, run: str, *, after: str = "", patience: float = _FOLLOW_PATIENCE
+        self,
+        run: str,
+        *,
+        after: str = "",
+        patience: float = _FOLLOW_PATIENCE,
+        locate: Callable[[], str | None] | None = None,
     ) -> Iterator[StreamEvent]:
         """Yield the run's events, from the first or from `after`, until and including `stream.end`.
 
@@ -300,15 +305,18 @@ class Client:
         Args:
           after: cursor (`StreamEvent.id`), or "latest" (newest event, then live) or "now" (only what is new).
           patience: seconds to look for a gateway that is away.
+          locate: called before each new try after a failure; returns the gateway's URL if it may be another
+            by now, else None. What it raises ends the following. In `afollow` it must not block.
 
         Raises:
           GatewayError: the gateway refuses, or was away for longer than `patience`.
         """
         following = Following(after, patience=patience, now=time.monotonic())
+        address = self._address
         while not following.ended:
             clean = False
             try:
-                with _shared(self._address).stream(**self._stream(run, following)) as response:
+                with _shared(address).stream(**self._stream(run, following)) as response:
                     if _is_stream(following, response):
                         for data in response.iter_raw():
                             yield from following.receive_data(data, time.monotonic())
@@ -319,16 +327,23 @@ class Client:
                 clean = False
             if not following.ended:
                 time.sleep(following.pause(time.monotonic(), clean=clean))
+                address = address if clean else _located(locate, address)
 
     async def afollow(
-        self, run: str, *, after: str = "", patience: float = _FOLLOW_PATIENCE
+        self,
+        run: str,
+        *,
+        after: str = "",
+        patience: float = _FOLLOW_PATIENCE,
+        locate: Callable[[], str | None] | None = None,
     ) -> AsyncIterator[StreamEvent]:
         """Yield the run's events: see `follow`. Leave it early only under `contextlib.aclosing`."""
         following = Following(after, patience=patience, now=time.monotonic())
+        address = self._address
         while not following.ended:
             clean = False
             try:
-                async with _shared_async(self._address).stream(**self._stream(run, following)) as response:
+                async with _shared_async(address).stream(**self._stream(run, following)) as response:
                     if _is_stream(following, response):
                         async for data in response.aiter_raw():
                             for event in following.receive_data(data, time.monotonic()):
@@ -340,6 +355,7 @@ class Client:
                 clean = False
             if not following.ended:
                 await anyio.sleep(following.pause(time.monotonic(), clean=clean))
+                address = address if clean else _located(locate, address)
 
     def lines(self, run: str) -> Iterator[str]:
         """Yield what the run printed, line by line without line breaks, until it has ended.
@@ -376,6 +392,11 @@ class Client:
         if client is not None:
             with contextlib.suppress(httpx.TransportError):
                 await client.aclose()
+
+
+def _located(locate: Callable[[], str | None] | None, before: _Address) -> _Address:
+    url = None if locate is None else locate()
+    return before if url is None else _Address.parse(url, None)
 
 
 def _is_stream(following: Following, response: httpx.Response) -> bool:

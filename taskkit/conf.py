@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Set
+from pathlib import Path
 from typing import Any
 
 from django.conf import settings
 from django.core.exceptions import ImproperlyConfigured
 
 from taskkit.errors import SettingsError
-from taskkit.settings import Settings, from_environment, load_settings
+from taskkit.settings import Settings, default_state_dir, from_environment, load_settings
 
 
 class TaskkitImproperlyConfigured(SettingsError, ImproperlyConfigured):
@@ -59,3 +60,21 @@ def get_settings() -> Settings:
       TaskkitImproperlyConfigured: as `read_settings`.
     """
     return load_settings(read_settings())
+
+
+def key_file() -> Path:
+    """Return the file with the key of the tokens: KEY_FILE, else `key` in STATE_DIR, else in the default one.
+
+    A tree that was started with `--state-dir` and no such setting has its key where this does not look.
+
+    Raises:
+      TaskkitImproperlyConfigured: as `read_settings`.
+    """
+    found = get_settings()
+    if found.key_file:
+        return Path(found.key_file).expanduser().absolute()
+    if found.state_dir:
+        return Path(found.state_dir).expanduser().absolute() / "key"
+    # settings.configure() leaves no module's name behind.
+    module = getattr(settings, "SETTINGS_MODULE", None) or os.environ.get("DJANGO_SETTINGS_MODULE", "")
+    return default_state_dir(module, os.environ) / "key"

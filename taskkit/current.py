@@ -68,7 +68,8 @@ def emit(type: str, data: Any = None) -> None:
 def progress(done: float, total: float | None = None, message: str = "") -> None:
     """Tell how far the run is, as an event named `run.progress` with `{done, total, message}`.
 
-    `message` is cut at 200 characters. For frequent calls: when the pipe is three quarters full, only the newest value is kept until there is room.
+    `message` is cut at 200 characters. For frequent calls: when the pipe is three quarters full, only the newest
+    value is kept until there is room.
     Use `emit` for what nobody may miss.
     """
     current_run().progress(done, total, message)

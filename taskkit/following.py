@@ -186,7 +186,8 @@ def refusal(status: int, body: bytes, url: str) -> GatewayError:
     detail = problem.get("detail") or problem.get("title") or f"{url} answered with status {status}"
     fields = problem.get("errors")
     if isinstance(fields, dict):
-        detail = "; ".join([str(detail), *(f"{name}: {text}" for name, text in fields.items())])
+        sentences = [f"{name}: {text}" for name, text in fields.items()]
+        detail = "; ".join([str(detail), *(text for text in sentences if text not in str(detail))])
     return GatewayError(str(detail), {"status": status, **problem})
 
 

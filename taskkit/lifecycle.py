@@ -193,19 +193,26 @@ def verdict(
     on_lost: str,
     cancelling: bool,
     retry_in: float | None = None,
+    lost: int = 0,
 ) -> Verdict:
     """Decide what the ending of attempt number `attempts` (counted from 1) means for the run.
 
     A run that is being cancelled ends as cancelled unless the attempt returned all the same. `lost` is not the
     task's fault: it goes back uncounted, or fails when `on_lost` is "fail". `retry_in` is what the user's
-    `backoff` said in the runner, in seconds; None means that it did not ask for another attempt.
+    `backoff` said in the runner, in seconds; None means that it did not ask for another attempt. `lost` counts how
+    often the run was lost unasked, this time included: once may be chance, a run that takes its supervisor along
+    must not do so at every start.
     """
     if ending is Ending.RETURNED:
         return Verdict(RunEvent.SUCCEED)
     if cancelling or ending is Ending.CANCELLED:
         return Verdict(RunEvent.CANCEL)
     if ending is Ending.LOST:
-        return Verdict(RunEvent.PUT_BACK if on_lost == "retry" else RunEvent.FAIL)
+        if on_lost != "retry":
+            return Verdict(RunEvent.FAIL)
+        return Verdict(
+            RunEvent.PUT_BACK, 0.0 if lost < 2 else CRASH_BACKOFF[min(lost - 1, len(CRASH_BACKOFF)) - 1]
+        )
     if attempts >= max_attempts:
         return Verdict(RunEvent.FAIL)
     if ending is Ending.RAISED:

@@ -27,6 +27,10 @@ _PR_SET_NO_NEW_PRIVS: Final = 38
 _SPLICE_F_NONBLOCK: Final = 2
 _F_SETSIG: Final = 10
 
+#: Environment variable that names the tree a process belongs to, so that what tasks have started can be found when
+#: nobody is left who was its parent.
+TREE_MARK: Final = "BULKHEAD_TREE"
+
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.tee.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_size_t, ctypes.c_uint)
 _libc.tee.restype = ctypes.c_ssize_t
@@ -142,6 +146,31 @@ def children() -> set[int]:
     for task in Path("/proc/self/task").iterdir():
         with contextlib.suppress(OSError):  # the thread has ended
             found.update(int(pid) for pid in (task / "children").read_text().split())
+    return found
+
+
+def processes_of_tree(mark: str) -> set[int]:
+    """Return the pids of living processes that were started below the tree of this mark.
+
+    A fork inherits the environment, a program started by exec keeps it unless it is given another one. Other users'
+    processes are not seen.
+    """
+    wanted = f"{TREE_MARK}={mark}".encode()
+    found: set[int] = set()
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdecimal():
+            with contextlib.suppress(OSError):  # it has ended, or is not ours to look into
+                if wanted in (folder / "environ").read_bytes().split(b"\0"):
+                    found.add(int(folder.name))
+    return found
+
+
+def kill_tree(mark: str) -> set[int]:
+    """Send SIGKILL to every process of `processes_of_tree` but this one; return their pids."""
+    found = processes_of_tree(mark) - {os.getpid()}
+    for pid in found:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.kill(pid, signal.SIGKILL)
     return found
 
 

@@ -11,12 +11,12 @@ import json
 import math
 import socket
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 from django.db import DEFAULT_DB_ALIAS, IntegrityError, router, transaction
@@ -24,14 +24,17 @@ from django.utils import timezone
 from django.utils.functional import Promise
 
 from taskkit import linux
-from taskkit.conf import get_settings
-from taskkit.errors import LocalWireError
+from taskkit.conf import get_settings, key_file
+from taskkit.errors import InvalidArguments, LocalWireError
 from taskkit.identifiers import is_task_name, new_run_id
 from taskkit.models import OPEN, ROW_KEY_LENGTH, Node, Outbox, Run, StreamTask
 from taskkit.rows import row_address, task_name
 from taskkit.threads import in_thread
 from taskkit.wire import codec
 from taskkit.wire.messages import Row, Submit
+
+if TYPE_CHECKING:
+    from taskkit.registry import TaskDefinition
 
 #: Seconds after which a node that was not seen is no longer poked; the courier renews its row every 30.
 NODE_FRESH: Final = 90.0
@@ -75,6 +78,25 @@ class RunHandle:
         """
         return Run.objects.using(self.using).get(id=self.id)
 
+    def token(self, *, actions: Iterable[str] = ("read",), ttl: float = 3600.0, subject: str = "") -> str:
+        """Return a token for this run alone, which a page can follow it with.
+
+        It is signed here, with the key of the tree that the settings name; the gateway is not asked.
+
+        Args:
+          actions: what it allows, of `taskkit.tokens.ACTIONS`.
+          ttl: seconds from now; a stream ends with its token.
+          subject: on whose behalf; shown in the gateway's log.
+
+        Raises:
+          SettingsError: there is no key yet, or this process may not read it; the message has the remedy.
+          ValueError: an action does not exist, or `ttl` is not positive.
+        """
+        from taskkit import tokens  # PyJWT takes 40 ms, which a process that only submits need not spend
+
+        key = tokens.load_key(key_file())
+        return tokens.issue(key, actions=actions, runs=(self.id,), ttl=ttl, subject=subject)
+
 
 def submit(
     task: str | Callable[..., Any] | type[StreamTask] | StreamTask,
@@ -93,30 +115,34 @@ def submit(
 ) -> RunHandle:
     """Ask for a run of `task`, in the transaction that is open on `using`, or in one of its own.
 
-    `task` is a registered function, its name, or a saved row of a task model (`row` is the longer way to say
-    that). A row that has an open run gets no second one: the handle is that run's. Arguments become JSON
-    here, so later changes to them have no effect.
+    `task` is a registered function, its name or dotted path, or a saved row of a task model (`row` is the
+    longer way to say that). A row that has an open run gets no second one: the handle is that run's.
+    Arguments become JSON here, so later changes to them have no effect.
 
-    Args:
-      using: alias of the database to write to; default: the row's, else what the routers say.
-      run_after: not before this aware moment, or not before so much time from now.
-      timeout: seconds per attempt.
+    Name and arguments are checked here, by the tasks that this process knows; its first submission imports
+    every app's `tasks` module. What only the gateway can know (its pools, its queue) it says in `RunHandle.run`.
 
     Raises:
-      TypeError: an argument cannot be expressed in JSON, or `task` is no task.
+      UnknownTask: no installed app has this task; the message has the nearest name.
+      InvalidArguments: the arguments do not fit the task's signature; `errors` has a message per parameter.
+      TypeError: an argument cannot be expressed in JSON, `task` is no task, or is a model without its row.
       ValueError: an option is out of range, or the row is not saved.
       DatabaseError: the database does not take it. In every case nothing was submitted.
     """
     if isinstance(task, StreamTask):
         row = task
-    name = _name_of(task, row)
+    definition = _find(_name_of(task, row), row)
+    name = definition.info.name
     alias = using or alias_of(row)
     address = None if row is None else _address_of(row, name, alias)
+    plain_args = as_json(list(args), f"args of {name}")
+    plain_kwargs = as_json(dict(kwargs or {}), f"kwargs of {name}")
+    _check_arguments(definition, plain_args, plain_kwargs)
     submission = Submit(
         id=new_run_id(),
         task=name,
-        args=as_json(list(args), f"args of {name}"),
-        kwargs=as_json(dict(kwargs or {}), f"kwargs of {name}"),
+        args=plain_args,
+        kwargs=plain_kwargs,
         row=address,
         pool=pool,
         priority=priority,
@@ -221,6 +247,22 @@ def _name_of(task: Any, row: StreamTask | None) -> str:
             f"{task!r} is no task: give a function of a tasks module, its name, or a StreamTask row"
         )
     return path
+
+
+def _find(name: str, row: StreamTask | None) -> TaskDefinition:
+    from taskkit import registry  # it wants every app's models, which may be importing this module just now
+
+    definition = registry.find(name)
+    if definition.model is not None and row is None:
+        raise TypeError(f"{name} is a task model: give a saved row of it")
+    return definition
+
+
+def _check_arguments(definition: TaskDefinition, args: list[Any], kwargs: dict[str, Any]) -> None:
+    try:
+        definition.bind(args, kwargs)
+    except InvalidArguments as error:
+        raise InvalidArguments(f"{definition.info.name}: {error}", errors=error.errors) from None
 
 
 def alias_of(row: StreamTask | None) -> str:

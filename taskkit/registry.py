@@ -6,10 +6,12 @@ backend is ours, concrete StreamTask models. Reads no settings but TASKS, touche
 
 from __future__ import annotations
 
+import difflib
 import inspect
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cache
 from types import ModuleType
 from typing import Any, Final
 
@@ -19,6 +21,7 @@ from django.core.exceptions import ImproperlyConfigured
 from django.utils.module_loading import autodiscover_modules
 
 from taskkit import tasks
+from taskkit.errors import UnknownTask
 from taskkit.model_schema import model_parameters
 from taskkit.schema import NO_PARAMETERS, Parameters, parameters_of
 from taskkit.stream_task import StreamTask
@@ -106,6 +109,43 @@ def load() -> dict[str, TaskDefinition]:
                 "rename one, or give it another name: @task(name=…)"
             )
     return dict(sorted(found.items()))
+
+
+@cache
+def known() -> dict[str, TaskDefinition]:
+    """Return what `load` returned when it was first asked in this process, or in the one it was forked from.
+
+    Loading imports and inspects every task; a submission has no time for that, and tasks do not change in a
+    process.
+
+    Raises:
+      Exception: as `load`, at each call until one succeeds.
+    """
+    return load()
+
+
+def find(name: str) -> TaskDefinition:
+    """Return the task of that name or dotted path.
+
+    Raises:
+      UnknownTask: there is none; the message has the nearest name. The caller's fault.
+      Exception: as `load`.
+    """
+    definitions = known()
+    found = definitions.get(name) or next((it for it in definitions.values() if it.info.path == name), None)
+    if found is None:
+        raise UnknownTask(f"there is no task {name[:200]!r}; {_advice(name[:200], definitions)}")
+    return found
+
+
+def _advice(name: str, definitions: dict[str, TaskDefinition]) -> str:
+    names = [*definitions, *(it.info.path for it in definitions.values())]
+    if near := difflib.get_close_matches(name, names, n=1):
+        return f"did you mean {near[0]!r}?"
+    return (
+        "a task is a function under @task in the tasks module of an installed app, or a StreamTask model "
+        f"({len(definitions)} found: {', '.join(list(definitions)[:10])}{' …' if len(definitions) > 10 else ''})"
+    )
 
 
 def _tasks_modules() -> Iterator[tuple[AppConfig, ModuleType]]:

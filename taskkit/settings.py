@@ -6,6 +6,7 @@ Pure: it reads neither Django nor the environment; callers hand in plain data. T
 
 from __future__ import annotations
 
+import difflib
 import ipaddress
 import json
 import os
@@ -195,8 +196,9 @@ def from_environment(environment: Mapping[str, str]) -> dict[str, Any]:
     """Return the settings given as TASKKIT_<KEY>: text as it is, anything else as JSON.
 
     Raises:
-      SettingsError: a value that has to be JSON is none.
+      SettingsError: a TASKKIT_ variable is none of ours, or a value that has to be JSON is none.
     """
+    _refuse_unknown(environment)
     found: dict[str, Any] = {}
     for field in msgspec.structs.fields(Settings):
         name = ENVIRONMENT_PREFIX + field.encode_name
@@ -211,6 +213,19 @@ def from_environment(environment: Mapping[str, str]) -> dict[str, Any]:
         except ValueError as error:
             raise SettingsError(f"environment: {name} = {text!r} is no JSON: {error}") from error
     return found
+
+
+def _refuse_unknown(environment: Mapping[str, str]) -> None:
+    """Refuse a mistyped variable: passed over, it would leave the default in force without a word."""
+    known = [ENVIRONMENT_PREFIX + field.encode_name for field in msgspec.structs.fields(Settings)]
+    for name in sorted(name for name in environment if name.startswith(ENVIRONMENT_PREFIX)):
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            guess = f"did you mean {near[0]}? " if near else ""
+            raise SettingsError(
+                f"environment: {name} = {environment[name]!r:.200}: no such variable; {guess}"
+                f"The variables are {', '.join(known)}"
+            )
 
 
 def parse_bind(bind: str) -> tuple[str, int]:

@@ -122,6 +122,31 @@ def load_or_create_key(path: Path) -> bytes:
         raise SettingsError(f"KEY_FILE = {os.fspath(path)!r}: {error.strerror or error}") from error
 
 
+def load_key(path: Path) -> bytes:
+    """Return the key in the file `path`, for whoever signs beside a tree; never makes one.
+
+    Raises:
+      SettingsError: there is none, it cannot be read, others may read or change it, or it holds no key. The
+        operator's fault; the message names the remedy.
+    """
+    try:
+        return _read_key(path)
+    except PermissionError as error:
+        remedy = (
+            "share it with a group of this process (chmod 640, and a directory it may enter), or set KEY_FILE"
+        )
+        raise SettingsError(
+            f"KEY_FILE = {os.fspath(path)!r} is not readable for this process: {remedy}"
+        ) from error
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise SettingsError(
+            f"KEY_FILE = {os.fspath(path)!r} does not exist: "
+            "start the tree once with `bulkhead run`, or set KEY_FILE"
+        ) from error
+    except OSError as error:
+        raise SettingsError(f"KEY_FILE = {os.fspath(path)!r}: {error.strerror or error}") from error
+
+
 def _read_key(path: Path) -> bytes:
     # O_NONBLOCK: opening a FIFO that somebody put there must not wait for a writer.
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)

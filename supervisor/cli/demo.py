@@ -103,6 +103,8 @@ def _perform(folder: Path, status: Status, task: str, values: dict[str, object],
         run = str(runs.submit_pairs(client, task, values)["id"])
         view.notice(f"run {run}")
         end = runs.watch(client, run, view)
+        if not json:
+            view.notice("Next: bulkhead run")
     except KeyboardInterrupt:
         view.notice("Interrupted; stopping the tree.")
         return exits.FAILED

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -16,6 +17,9 @@ from taskkit.settings import default_state_dir
 
 #: Settings module of the demo project that the wheel carries.
 DEMO_SETTINGS: Final = "bulkhead_demo.settings"
+
+#: Said wherever the demo is meant only because nothing else was named.
+PRESUMED: Final = "the demo; name yours with --settings or DJANGO_SETTINGS_MODULE"
 
 _SETTINGS_VARIABLE: Final = "DJANGO_SETTINGS_MODULE"
 _STATE_DIR_VARIABLE: Final = "TASKKIT_STATE_DIR"
@@ -99,14 +103,32 @@ class Project:
         return found
 
 
+def names_state_dir(flag: Path | None) -> str | None:
+    """Return the state directory that the user named, as an absolute path, by flag or environment."""
+    given = flag or os.environ.get(_STATE_DIR_VARIABLE)
+    return str(Path(given).expanduser().absolute()) if given else None
+
+
+def is_presumed(project: Project, flag: Path | None) -> bool:
+    """Whether nobody named a project or a state directory, so that the demo is meant by default."""
+    return not project.given and names_state_dir(flag) is None
+
+
+def flags_of(project: Project, flag: Path | None) -> str:
+    """Return what has to follow a command, in whatever terminal, so that it finds the same tree."""
+    words = ["--settings", project.settings_module] if project.given else []
+    if named := names_state_dir(flag):
+        words += ["--state-dir", named]
+    return "".join(f" {shlex.quote(word)}" for word in words)
+
+
 def place_demo_database(flag: Path | None) -> None:
     """Let the demo's database lie in the state directory, if one is named.
 
     Two trees must not share a database: the courier of one would take what was submitted to the other.
     """
-    named = flag or os.environ.get(_STATE_DIR_VARIABLE)
-    if named:
-        os.environ.setdefault(DEMO_FOLDER_VARIABLE, str(Path(named).expanduser().absolute()))
+    if named := names_state_dir(flag):
+        os.environ.setdefault(DEMO_FOLDER_VARIABLE, named)
 
 
 def control_socket(state_dir: Path) -> Path:
@@ -124,9 +146,8 @@ def state_dir_for(project: Project, flag: Path | None, *, exactly: bool) -> Path
     Raises:
       SettingsError: the settings had to be asked and cannot be read.
     """
-    given = flag or os.environ.get(_STATE_DIR_VARIABLE)
-    if given:
-        return Path(given).expanduser().absolute()
+    if named := names_state_dir(flag):
+        return Path(named)
     usual = default_state_dir(project.settings_module, os.environ)
     if not project.given or (not exactly and control_socket(usual).exists()):
         return usual

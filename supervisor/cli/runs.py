@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import shlex
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from supervisor.cli import exits
-from supervisor.cli.connect import connected
+from supervisor.cli.connect import Search, Tree, connected
 from supervisor.cli.options import Json, Pairs, SettingsModule, StateDir, parse_duration, parse_pairs
 from supervisor.cli.output import between, clean, compact, print_json, print_table, seconds
+from taskkit.errors import GatewayError
 
 if TYPE_CHECKING:
     from supervisor.cli.view import View
@@ -21,35 +24,85 @@ Run = Annotated[str, typer.Argument(metavar="RUN", help="Id of the run.")]
 
 def submit_pairs(client: Client, task: str, arguments: dict[str, Any], **options: Any) -> dict[str, Any]:
     """Submit a run of `task`; a model task takes the arguments as its fields."""
-    model = client.task(task).get("kind") == "model"
+    try:
+        model = client.task(task).get("kind") == "model"
+    except GatewayError as error:
+        if not _is_problem(error, "unknown-task"):
+            raise
+        words = str(error).replace("GET /api/v1/tasks lists them", "`bulkhead tasks` lists them")
+        raise GatewayError(words, error.problem) from None
     if model:
         return client.submit(task, fields=arguments, **options)
     return client.submit(task, kwargs=arguments, **options)
 
 
-def watch(client: Client, run: str, view: View, *, after: str = "") -> StreamEvent | None:
+def _is_problem(error: GatewayError, code: str) -> bool:
+    return str(error.problem.get("type", "")).rpartition(":")[2] == code
+
+
+def watch(
+    client: Client,
+    run: str,
+    view: View,
+    *,
+    after: str = "",
+    search: Callable[[Callable[[str], None]], Search] | None = None,
+) -> StreamEvent | None:
     """Show the run's events until it has ended; return `stream.end`, or None if it was over before `after`.
+
+    Args:
+      search: makes what looks for the gateway when it is gone, from what it says so with.
 
     Raises:
       KeyboardInterrupt: somebody has seen enough; the run goes on.
     """
     last = None
+    locate = None if search is None else search(view.notice)
+    options: dict[str, Any] = {} if locate is None else {"locate": locate}
     with view:
-        for event in client.follow(run, after=after):
+        for event in client.follow(run, after=after, **options):
+            if locate is not None:
+                locate.found()
             view.event(event)
             last = event
     return last if last is not None and last.type == "stream.end" else None
 
 
-def follow_to_the_end(client: Client, run: str, title: str, *, after: str, json: bool) -> int:
-    """Follow a run on the terminal; return the exit code for its outcome, or for a follower who left."""
+def follow_to_the_end(
+    client: Client,
+    run: str,
+    title: str,
+    *,
+    after: str,
+    json: bool,
+    tree: Tree | None = None,
+    submitted: bool = False,
+) -> int:
+    """Follow a run on the terminal; return the exit code for its outcome, or for a follower who left.
+
+    Args:
+      tree: where to look for the gateway when it goes away.
+      submitted: the run is new, so its id is shown first.
+    """
     from supervisor.cli.view import choose_view, was_successful
 
+    flags = "" if tree is None else tree.flags
+    back = f"bulkhead follow {run}{flags}"
+
+    def search(notice: Callable[[str], None]) -> Search:
+        assert tree is not None
+        remedy = f"; run {run} is in its store.\nStart it: bulkhead start{flags}\nBack:     {back}"
+        return Search(tree.state_dir, notice, remedy)
+
     view = choose_view(title, json=json)
+    if submitted and not json:
+        view.notice(f"run {run}")
     try:
-        end = watch(client, run, view, after=after)
+        end = watch(client, run, view, after=after, search=None if tree is None else search)
     except KeyboardInterrupt:
-        view.notice(f"Left; run {run} goes on. Back: bulkhead follow {run}    End it: bulkhead cancel {run}")
+        view.notice(f"Left; run {run} goes on.")
+        view.notice(f"Back:   {back}")
+        view.notice(f"End it: bulkhead cancel {run}{flags}")
         return exits.FAILED
     if end is None:  # joined behind the end: the outcome is in the snapshot
         status = client.status(run).get("status")
@@ -73,7 +126,8 @@ def submit(
     """Submit a run of TASK; print its id."""
     values = parse_pairs(arguments)
     limit = None if timeout is None else parse_duration(timeout)
-    client = connected(settings, state_dir)
+    tree = Tree(settings, state_dir)
+    client = tree.client
     answer = submit_pairs(
         client, task, values, pool=pool, priority=priority, timeout=limit, idempotency_key=key
     )
@@ -81,9 +135,12 @@ def submit(
     if json:
         print_json(answer)
     elif not follow:
-        print(f"{run}\nFollow it: bulkhead follow {run}")
+        print(f"{run}\nFollow it: bulkhead follow {run}{tree.flags}")
     if follow:
-        raise typer.Exit(follow_to_the_end(client, run, str(answer.get("task", task)), after="", json=json))
+        title = str(answer.get("task", task))
+        raise typer.Exit(
+            follow_to_the_end(client, run, title, after="", json=json, tree=tree, submitted=True)
+        )
 
 
 def follow(
@@ -96,9 +153,35 @@ def follow(
     json: Json = False,
 ) -> None:
     """Show a run's events until it ends; exit code 0 when it was successful. Ctrl-C leaves it running."""
-    client = connected(settings, state_dir)
-    task = str(client.status(run).get("task", run))
-    raise typer.Exit(follow_to_the_end(client, run, task, after=after, json=json))
+    tree = Tree(settings, state_dir)
+    task = str(tree.client.status(run).get("task", run))
+    raise typer.Exit(follow_to_the_end(tree.client, run, task, after=after, json=json, tree=tree))
+
+
+def tasks(settings: SettingsModule = None, state_dir: StateDir = None, json: Json = False) -> None:
+    """List the tasks that can be submitted."""
+    page = connected(settings, state_dir).tasks()
+    if json:
+        print_json(page)
+        return
+    rows = [
+        (row.get("name"), _parameters(row.get("parameters") or {}), (row.get("doc") or "").partition("\n")[0])
+        for row in page.get("tasks", ())
+    ]
+    print_table(("TASK", "ARGUMENTS", "DOES"), rows)
+
+
+def _parameters(schema: dict[str, Any]) -> str:
+    """Return a JSON Schema's properties as one would type them: `how`, `n=10`; `[x]` is optional."""
+    required = schema.get("required") or ()
+    words = []
+    for name, about in (schema.get("properties") or {}).items():
+        default = about.get("default") if isinstance(about, dict) else None
+        if name in required:
+            words.append(name)
+        else:
+            words.append(f"[{name}]" if default is None else f"{name}={shlex.quote(compact(default))}")
+    return " ".join(words)
 
 
 def runs(
@@ -168,7 +251,16 @@ def cancel(
 ) -> None:
     """Ask a run to stop; then it is terminated, then killed."""
     seconds_left = None if grace is None else parse_duration(grace)
-    snapshot = connected(settings, state_dir).cancel(run, grace=seconds_left)
+    client = connected(settings, state_dir)
+    try:
+        snapshot = client.cancel(run, grace=seconds_left)
+    except GatewayError as error:
+        if not _is_problem(error, "run-finished"):
+            raise
+        status = client.status(run).get("status")
+        raise GatewayError(
+            f"run {run} has ended already ({status}); nothing to cancel", error.problem
+        ) from None
     if json:
         print_json(snapshot)
     else:

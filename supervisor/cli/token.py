@@ -8,10 +8,10 @@ from typing import Annotated
 
 import typer
 
-from supervisor.cli.connect import key_file
+from supervisor.cli.connect import choose, key_file
 from supervisor.cli.options import Json, SettingsModule, StateDir, parse_duration, split_words
 from supervisor.cli.output import print_json
-from supervisor.cli.project import Project, state_dir_for
+from supervisor.cli.project import state_dir_for
 from taskkit.errors import SettingsError
 
 
@@ -36,7 +36,7 @@ def token(
         raise typer.BadParameter(
             f"unknown: {', '.join(unknown)}; there are {', '.join(sorted(tokens.ACTIONS))}"
         )
-    project = Project.choose(settings)
+    project = choose(settings, state_dir)
     place = state_dir_for(project, state_dir, exactly=False)
     path = key_file(project, place)
     if not path.parent.is_dir():

@@ -15,7 +15,7 @@ from supervisor import detach
 from supervisor.cli import connect, exits, operate
 from supervisor.cli.options import Json, SettingsModule, StateDir
 from supervisor.cli.output import print_error, print_json, print_table, seconds
-from supervisor.cli.project import Project, place_demo_database, state_dir_for
+from supervisor.cli.project import flags_of, place_demo_database, state_dir_for
 from supervisor.config import Config
 from taskkit.errors import AlreadyRunning, NeverReady, SettingsError
 from taskkit.settings import parse_bind
@@ -64,13 +64,22 @@ def plain(status: Status) -> dict[str, Any]:
     return {**msgspec.structs.asdict(status), "children": children}
 
 
-def _greeting(status: Status) -> str:
+def _next_steps(status: Status, flags: str) -> str:
+    """Return commands to copy: they find this tree from any terminal."""
+    demo = status.settings_module.startswith("bulkhead_demo")
+    words = "demo.count n=10 delay=0.5" if demo else "TASK key=value"
+    return (
+        f"Look:   bulkhead status{flags}\n"
+        f"Tasks:  bulkhead tasks{flags}\n"
+        f"Submit: bulkhead submit {words} --follow{flags}"
+    )
+
+
+def _greeting(status: Status, flags: str) -> str:
     return (
         f"Bulkhead runs at {status.url} (settings {status.settings_module}, pid {status.pid}).\n"
-        "Look: bulkhead status    Try: bulkhead submit demo.count n=10 delay=0.5 --follow    Stop: Ctrl-C"
-        if status.settings_module.startswith("bulkhead_demo")
-        else f"Bulkhead runs at {status.url} (settings {status.settings_module}, pid {status.pid}).\n"
-        "Look: bulkhead status    Submit: bulkhead submit TASK key=value --follow    Stop: Ctrl-C"
+        f"{_next_steps(status, flags)}\n"
+        "Stop:   Ctrl-C"
     )
 
 
@@ -89,7 +98,7 @@ def run(
         os.set_inheritable(
             ready_fd, False
         )  # a child of the tree that held it would hide this process's death
-    project = Project.choose(settings)
+    project = connect.choose(settings, state_dir)
     if project.demo:
         place_demo_database(state_dir)
     config = Config(
@@ -107,15 +116,17 @@ def run(
         if json:
             print_json(plain(status))
         elif not quiet:
-            print(_greeting(status), flush=True)
+            print(_greeting(status, flags_of(project, state_dir)), flush=True)
 
-    def stopping(reason: str) -> None:
+    def stopping(_: str) -> None:
         if not (quiet or json):
-            print(f"Stopping: {reason}", flush=True)
+            print("Stopping (Ctrl-C again: at once)...", flush=True)
 
     from supervisor.daemon import serve  # trio: 0.2 s that the other commands do not need
 
     serve(config, on_ready=ready, on_stopping=stopping)
+    if not (quiet or json):
+        print("Stopped.", flush=True)
 
 
 def _launch(arguments: Sequence[str], cwd: str, state_dir: Path, timeout: float) -> Status:
@@ -147,11 +158,18 @@ def _launch(arguments: Sequence[str], cwd: str, state_dir: Path, timeout: float)
         return operator.ask("status")
 
 
-def _report_started(status: Status, state_dir: Path, *, json: bool) -> None:
+def _write_recipe(place: Path, arguments: Sequence[str], cwd: str, pid: int | None) -> None:
+    """Keep what `restart` needs; `pid` tells this tree from one that somebody else has started here since."""
+    recipe = {"arguments": list(arguments), "cwd": cwd, "pid": pid}
+    (place / _START_FILE).write_text(json_module.dumps(recipe) + "\n")
+
+
+def _report_started(status: Status, state_dir: Path, flags: str, *, json: bool) -> None:
     if json:
         print_json(plain(status))
         return
     print(f"Bulkhead runs at {status.url} (pid {status.pid}, log {state_dir / detach.LOG_NAME}).")
+    print(f"{_next_steps(status, flags)}\nStop:   bulkhead stop{flags}")
 
 
 def start(
@@ -165,18 +183,22 @@ def start(
 ) -> None:
     """Start the tree in the background; return when it is READY."""
     overrides(bind, uds, state_dir, runners)  # refuse contradictions here, not in a log
-    project = Project.choose(settings)
+    project = connect.choose(settings, state_dir)
     place = state_dir_for(project, state_dir, exactly=True)
     if (operator := operate.connect(place)) is not None:
         operator.close()
-        raise AlreadyRunning(f"a tree runs on {place} already (pid {operator.pid}); see: bulkhead status")
+        raise AlreadyRunning(
+            f"a tree runs on {place} already (pid {operator.pid}); "
+            f"see: bulkhead status{flags_of(project, state_dir)}"
+        )
     arguments = ["run", "--quiet", "--settings", project.settings_module, "--state-dir", str(place)]
     for flag, value in (("--bind", bind), ("--uds", uds and uds.absolute()), ("--runners", runners)):
         arguments += [] if value is None else [flag, str(value)]
     place.mkdir(mode=0o700, parents=True, exist_ok=True)
-    recipe = {"arguments": arguments, "cwd": os.getcwd()}
-    (place / _START_FILE).write_text(json_module.dumps(recipe) + "\n")
-    _report_started(_launch(arguments, os.getcwd(), place, timeout), place, json=json)
+    _write_recipe(place, arguments, os.getcwd(), None)
+    status = _launch(arguments, os.getcwd(), place, timeout)
+    _write_recipe(place, arguments, os.getcwd(), status.pid)
+    _report_started(status, place, flags_of(project, state_dir), json=json)
 
 
 def _stop_tree(place: Path, *, now: bool, timeout: float) -> tuple[bool, dict[int, str]]:
@@ -201,7 +223,7 @@ def stop(
     json: Json = False,
 ) -> None:
     """Stop the tree; return when all of it is gone."""
-    place = state_dir_for(Project.choose(settings), state_dir, exactly=False)
+    place = state_dir_for(connect.choose(settings, state_dir), state_dir, exactly=False)
     was_running, left = _stop_tree(place, now=now, timeout=timeout)
     if json:
         print_json({"was_running": was_running, "left": [{"pid": p, "name": n} for p, n in left.items()]})
@@ -221,28 +243,56 @@ def restart(
     json: Json = False,
 ) -> None:
     """Stop the tree, then start it with the arguments of its last `start`."""
-    place = state_dir_for(Project.choose(settings), state_dir, exactly=False)
-    try:
-        recipe = json_module.loads((place / _START_FILE).read_text())
-    except FileNotFoundError:
-        raise SettingsError(f"no tree was started on {place} by `bulkhead start`; use that") from None
-    except ValueError:
-        raise SettingsError(f"{place / _START_FILE} is damaged; use `bulkhead start`") from None
+    project = connect.choose(settings, state_dir)
+    flags = flags_of(project, state_dir)
+    place = state_dir_for(project, state_dir, exactly=False)
+    recipe = _read_recipe(place, flags)
     _, left = _stop_tree(place, now=now, timeout=_STOP_DEADLINE)
     if left:
         _say_left(left)
         raise typer.Exit(exits.FAILED)
-    _report_started(_launch(recipe["arguments"], recipe["cwd"], place, timeout), place, json=json)
+    status = _launch(recipe["arguments"], recipe["cwd"], place, timeout)
+    _write_recipe(place, recipe["arguments"], recipe["cwd"], status.pid)
+    _report_started(status, place, flags, json=json)
+
+
+def _read_recipe(place: Path, flags: str) -> dict[str, Any]:
+    """Return what the tree on `place` was started with.
+
+    Raises:
+      SettingsError: it was not started by `bulkhead start`, or its file is damaged.
+    """
+    operator = operate.connect(place)
+    running = None
+    if operator is not None:
+        running = operator.pid
+        operator.close()
+    try:
+        recipe: dict[str, Any] = json_module.loads((place / _START_FILE).read_text())
+    except FileNotFoundError:
+        recipe = {"pid": None}
+        if running is None:
+            raise SettingsError(
+                f"no tree was started on {place} by `bulkhead start{flags}`; use that"
+            ) from None
+    except ValueError:
+        raise SettingsError(f"{place / _START_FILE} is damaged; use `bulkhead start{flags}`") from None
+    if running is not None and recipe.get("pid") != running:
+        raise SettingsError(
+            f"the tree on {place} (pid {running}) runs in the foreground, of a terminal or a service: "
+            "restart it there (Ctrl-C, then `bulkhead run` again)"
+        )
+    return recipe
 
 
 def status(settings: SettingsModule = None, state_dir: StateDir = None, json: Json = False) -> None:
     """Show the tree; exit code 1 when it does not run."""
-    project = Project.choose(settings)
+    project = connect.choose(settings, state_dir)
     place = state_dir_for(project, state_dir, exactly=False)
     operator = operate.connect(place)
     if operator is None:
         if not json:
-            raise connect.not_running(project, place)
+            raise connect.not_running(project, place, state_dir)
         print_json({"running": False, "state_dir": str(place)})
         raise typer.Exit(exits.FAILED)
     with operator:

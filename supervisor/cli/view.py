@@ -16,6 +16,7 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    ProgressColumn,
     SpinnerColumn,
     TaskProgressColumn,
     TextColumn,
@@ -23,11 +24,9 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from supervisor.cli.output import clean, compact, print_json, seconds
+from supervisor.cli.output import clean, print_json, print_table, seconds
+from supervisor.cli.wording import describe, error_of, shortened, summary, table_of, traceback_lines
 from taskkit.following import StreamEvent
-
-#: Most characters of a result that a terminal shows: some ten lines. `--json` shows all of it.
-_SUMMARY_LIMIT: Final = 800
 
 #: Seconds between lines about progress where there is no bar: an audit of 2,000 files is no 2,000 lines.
 _PROGRESS_INTERVAL: Final = 1.0
@@ -55,13 +54,6 @@ def choose_view(title: str, *, json: bool) -> View:
     return LiveView(title) if sys.stdout.isatty() else PlainView()
 
 
-def own_data(data: Any) -> Any:
-    """Return what the task itself sent: without the fields that the gateway adds, which begin with `_`."""
-    if not isinstance(data, dict):
-        return data
-    return {key: value for key, value in data.items() if not key.startswith("_")}
-
-
 def _number(value: Any) -> float | None:
     return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
 
@@ -87,18 +79,10 @@ def was_successful(end: StreamEvent | None) -> bool:
     return end is not None and isinstance(end.data, dict) and end.data.get("status") == "SUCCESSFUL"
 
 
-def summary(end: StreamEvent) -> str:
-    """Return the outcome that `stream.end` tells, as one clean line."""
-    data = end.data if isinstance(end.data, dict) else {}
-    status = clean(str(data.get("status", "ended")))
-    error = data.get("error")
-    if isinstance(error, dict):
-        return f"{status}: {compact(error.get('message') or error.get('detail') or error)}"
-    return f"{status}: {compact(data['result'])}" if data.get("result") is not None else status
-
-
-def _shortened(text: str) -> str:
-    return text if len(text) <= _SUMMARY_LIMIT else text[:_SUMMARY_LIMIT] + "…"
+def _print_worst(end: StreamEvent) -> None:
+    rows = table_of(end)
+    if rows:
+        print_table([name.upper() for name in rows[0]], [list(row.values()) for row in rows])
 
 
 class JsonView:
@@ -142,8 +126,11 @@ class PlainView:
             if self._clock() < self._quiet_until:
                 return
             self._quiet_until = self._clock() + _PROGRESS_INTERVAL
-        text = summary(event) if event.type == "stream.end" else compact(own_data(event.data))
-        print(f"{clean(event.id):>6}  {clean(event.type)}  {text}", flush=True)
+        print(f"{clean(event.id):>6}  {clean(event.type)}  {describe(event)}", flush=True)
+        if event.type == "stream.end":
+            for line in traceback_lines(error_of(event)):
+                print(line)
+            _print_worst(event)
 
     def notice(self, text: str) -> None:
         """Print one line."""
@@ -151,23 +138,23 @@ class PlainView:
 
 
 class LiveView:
-    """A progress bar that stays at the bottom while the events scroll by above it."""
+    """A progress bar that stays at the bottom while the events scroll by above it.
+
+    Until the run tells how far it is there is a spinner only, which leaves no line behind.
+    """
 
     def __init__(self, title: str, console: Console | None = None) -> None:
         self._console = console or Console(highlight=False)
         self._began = time.monotonic()
-        self._bar = Progress(
-            SpinnerColumn(),
-            TextColumn("{task.description}", markup=False),
-            BarColumn(),
-            TaskProgressColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("{task.fields[message]}", markup=False),
-            console=self._console,
-            refresh_per_second=8,
-        )
+        self._bar = Progress(*self._columns(), console=self._console, refresh_per_second=8)
+        self._bar.live.transient = True
         self._task = self._bar.add_task(clean(title), total=None, message="")
+
+    @staticmethod
+    def _columns(*bar: ProgressColumn) -> tuple[ProgressColumn, ...]:
+        title = TextColumn("{task.description}", markup=False)
+        message = TextColumn("{task.fields[message]}", markup=False)
+        return (SpinnerColumn(), title, *bar, TimeElapsedColumn(), message)
 
     def __enter__(self) -> Self:
         self._bar.start()
@@ -181,25 +168,35 @@ class LiveView:
         known = progress_of(event)
         if known is not None:
             done, total, message = known
+            if self._bar.live.transient:
+                self._bar.live.transient = False
+                self._bar.columns = self._columns(BarColumn(), TaskProgressColumn(), MofNCompleteColumn())
             self._bar.update(self._task, completed=done, total=total, message=message)
         if event.type == "stream.end":
             self._end(event)
         elif event.type != "run.progress":
             line = Text.assemble((f"{clean(event.id):>6}  ", "dim"), (clean(event.type), "cyan"), "  ")
-            line.append(compact(own_data(event.data)))
-            self._print(line)
+            line.append(describe(event))
+            if event.type == "run.retrying":  # why it failed is worth a second line
+                self._say(line)
+            else:
+                self._console.print(line, no_wrap=True, overflow="ellipsis")
 
     def notice(self, text: str) -> None:
-        """Print a dim line above the bar."""
-        self._print(Text(text, style="dim"))
+        """Print a dim line above the bar, never cut: it may be a command to copy."""
+        self._say(Text(text, style="dim"))
 
     def _end(self, event: StreamEvent) -> None:
         good = was_successful(event)
         if good and (total := self._bar.tasks[0].total) is not None:
             self._bar.update(self._task, completed=total, message="")
-        line = Text(_shortened(summary(event)), style="green" if good else "red")
+        self._bar.stop()  # its last line stands above the outcome
+        line = Text(shortened(summary(event)), style="green" if good else "red")
         line.append(f"  (after {seconds(time.monotonic() - self._began)})", "dim")
-        self._console.print(line)
+        self._say(line)
+        for frame in traceback_lines(error_of(event)):
+            self._say(Text(frame))
+        _print_worst(event)
 
-    def _print(self, line: Text) -> None:
-        self._console.print(line, no_wrap=True, overflow="ellipsis")
+    def _say(self, line: Text) -> None:
+        self._console.print(line, soft_wrap=True)

@@ -27,6 +27,9 @@ from taskkit.wire.messages import Submitted, Transition
 
 _log = logging.getLogger("bulkhead.courier")
 
+#: Characters of a refusal that are logged; the projection has all of it.
+_LOGGED: Final = 500
+
 #: What a database says of a value that it will not take next time either.
 _UNSTORABLE: Final = (IntegrityError, DataError, ValueError, OverflowError)
 
@@ -134,13 +137,17 @@ def settle(using: str, answers: Iterable[Submitted]) -> None:
     Raises:
       DatabaseError: the database is away; the answers still stand.
     """
+    refused = []
     with transaction.atomic(using=using):
         for answer in answers:
             if answer.code or answer.error:
                 # PostgreSQL stores no NUL, and an answer that cannot be stored would be tried for ever
-                _refuse(using, answer.id, answer.code or "refused", answer.error.replace("\0", "\ufffd"))
+                code, message = answer.code or "refused", answer.error.replace("\0", "\ufffd")
+                refused.append((answer.id, _refuse(using, answer.id, code, message), code, message))
             else:
                 _accept(using, answer)
+    for run, task, code, message in refused:
+        _log.warning("run %s of %s in %r was refused (%s): %s", run, task, using, code, _one_line(message))
 
 
 def _accept(using: str, answer: Submitted) -> None:
@@ -150,8 +157,15 @@ def _accept(using: str, answer: Submitted) -> None:
         Run.objects.using(using).filter(id=answer.id, version=0)._raw_delete(using)
 
 
-def _refuse(using: str, run: str, code: str, message: str) -> None:
+def _refuse(using: str, run: str, code: str, message: str) -> str:
+    """Store the refusal; return the name of the task."""
     Outbox.objects.using(using).filter(id=run).update(state=Outbox.State.REFUSED, error=message or code)
     Run.objects.using(using).filter(id=run, version=0, status__in=OPEN).update(
         status=RunStatus.FAILED.value, error={"code": code, "message": message}, finished_at=timezone.now()
     )
+    found = Run.objects.using(using).filter(id=run).values_list("task", flat=True)[:1]
+    return next(iter(found), "a task that is not known")
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())[:_LOGGED]

@@ -8,6 +8,7 @@ from typing import Any
 
 import anyio
 import anyio.lowlevel
+import msgspec
 
 from taskkit import current
 from taskkit.errors import InvalidArguments, RunCancelled
@@ -19,6 +20,9 @@ from taskkit.wire.messages import Finished, Progress, RunnerSpec, Start
 
 #: What a generator's yield is called on the stream.
 YIELD_EVENT = "progress"
+
+#: Longest wait before another attempt, seconds: 30 days, as long as a schedule could reasonably be off.
+MAX_BACKOFF = 30 * 86_400.0
 
 #: Characters of a progress message that are kept: it has to fit the frame of a pipe that the kernel made small.
 MAX_PROGRESS_MESSAGE = 200
@@ -42,6 +46,7 @@ class Attempt:
         self._definition = definition
         self._emitter = emitter
         self._spec = spec
+        self._metadata: dict[str, Any] = msgspec.json.decode(start.metadata)
         self._extras: dict[str, Any] = {"_run": start.run, "_attempt": start.attempt}
         if start.row is not None:
             self._extras |= {"_task_id": start.row.pk, "_app": start.row.app, "_model": start.row.model}
@@ -60,7 +65,7 @@ class Attempt:
 
     @property
     def metadata(self) -> dict[str, Any]:
-        return self._start.metadata
+        return self._metadata
 
     @property
     def token(self) -> str:
@@ -107,7 +112,9 @@ class Attempt:
         definition = self._definition
         if definition.model is None:
             assert definition.func is not None
-            args, kwargs = definition.bind(list(self._start.args), dict(self._start.kwargs))
+            args, kwargs = definition.bind(
+                msgspec.json.decode(self._start.args), msgspec.json.decode(self._start.kwargs)
+            )
             if definition.takes_context:
                 args.insert(0, self)
             func = definition.func
@@ -164,7 +171,7 @@ class Attempt:
         """The end after a return; a result that JSON cannot express is the task's failure."""
         try:
             rendered = render(result)
-        except (TypeError, ValueError) as error:
+        except Exception as error:  # also what the user's own classes raise while they are looked at
             return self.raised(TypeError(f"the result of {self.task} cannot be stored: {error}"))
         if len(rendered) > self._spec.result_limit:
             limit = self._spec.result_limit
@@ -191,7 +198,13 @@ class Attempt:
         if self._definition.backoff is None:
             return min(2.0**self._start.attempt, _MAX_DEFAULT_BACKOFF)
         wait = self._definition.backoff(error, self)
-        return None if wait is None else float(wait)
+        if wait is None:
+            return None
+        if not 0 <= float(wait) <= MAX_BACKOFF:
+            raise ValueError(
+                f"the backoff of {self.task} returned {wait!r}; it may be 0 to {MAX_BACKOFF:.0f} seconds"
+            )
+        return float(wait)
 
 
 def perform_sync(attempt: Attempt) -> Finished:
@@ -204,7 +217,7 @@ def perform_sync(attempt: Attempt) -> Finished:
         return attempt.cancelled()
     except BaseException as error:
         return conclude(attempt, error)
-    return attempt.returned(result)
+    return finish(attempt, result)
 
 
 async def perform_async(attempt: Attempt, scope: anyio.CancelScope) -> Finished:
@@ -221,12 +234,20 @@ async def perform_async(attempt: Attempt, scope: anyio.CancelScope) -> Finished:
             await anyio.to_thread.run_sync(attempt.complete, result)
     except BaseException as error:
         return conclude(attempt, error)
-    return attempt.cancelled() if scope.cancelled_caught else attempt.returned(result)
+    return attempt.cancelled() if scope.cancelled_caught else finish(attempt, result)
+
+
+def finish(attempt: Attempt, result: Any) -> Finished:
+    """Return the end after a return, whatever the result's own code does when it is looked at."""
+    try:
+        return attempt.returned(result)
+    except BaseException as error:
+        return conclude(attempt, error)
 
 
 def conclude(attempt: Attempt, error: BaseException) -> Finished:
     """Return the end after `error`, whatever the task's `backoff` does."""
     try:
         return attempt.raised(error)
-    except Exception as broken:  # the user's backoff raised: the attempt has failed all the same
+    except BaseException as broken:  # the user's backoff raised: the attempt has failed all the same
         return Finished(token=attempt.token, ending="raised", failure=failure_of(broken))

@@ -29,6 +29,9 @@ US: Final = "\x1f"
 #: Longest line kept together, characters; tqdm's bar, which never ends its line, is cut here.
 _MAX_LINE: Final = 8_192
 
+#: Longest name of a logger, characters.
+_MAX_NAME: Final = 500
+
 #: Token of the attempt whose code is running, for lines of shared pools.
 attempt_token: ContextVar[str] = ContextVar("bulkhead_attempt_token", default="")
 
@@ -47,7 +50,8 @@ class CapturedStream(io.TextIOBase):
 
     def __init__(self, kind: str, name: str) -> None:
         self._kind = kind
-        self._partial = ""
+        # By attempt and thread: print() writes a line and its end one after the other.
+        self._partial: dict[tuple[str, int], str] = {}
         self._lock = threading.RLock()
         self.name = name
         self.buffer = open(1, "wb", buffering=0, closefd=False)
@@ -64,25 +68,28 @@ class CapturedStream(io.TextIOBase):
     def write(self, text: str) -> int:
         if not isinstance(text, str):
             raise TypeError(f"write() takes str, not {type(text).__name__}")
+        key = attempt_token.get(), threading.get_ident()
         with self._lock:
-            *lines, self._partial = (self._partial + text).split("\n")
-            while len(self._partial) > _MAX_LINE:
-                lines.append(self._partial[:_MAX_LINE])
-                self._partial = self._partial[_MAX_LINE:]
+            *lines, partial = (self._partial.pop(key, "") + text).split("\n")
+            while len(partial) > _MAX_LINE:
+                lines.append(partial[:_MAX_LINE])
+                partial = partial[_MAX_LINE:]
+            if partial:
+                self._partial[key] = partial
             if lines:
-                self._records(lines)
+                self._records(key[0], lines)
         return len(text)
 
-    def finish_line(self) -> None:
-        """Write out what has no line end yet."""
+    def finish_lines(self, token: str | None) -> None:
+        """Write out what has no line end yet, of one attempt or of all."""
         with self._lock:
-            if self._partial:
-                self._records([self._partial])
-                self._partial = ""
+            for key in [key for key in self._partial if token is None or key[0] == token]:
+                self._records(key[0], [self._partial.pop(key)])
 
-    def _records(self, lines: list[str]) -> None:
-        head = f"{RS}{self._kind}{attempt_token.get()}{US}"
-        _write("".join(f"{head}{line[:_MAX_LINE]}\n" for line in lines))
+    def _records(self, token: str, lines: list[str]) -> None:
+        head = f"{RS}{self._kind}{token}{US}"
+        starts = ((line, start) for line in lines for start in range(0, len(line) or 1, _MAX_LINE))
+        _write("".join(f"{head}{line[start : start + _MAX_LINE]}\n" for line, start in starts))
 
 
 class CaptureHandler(logging.Handler):
@@ -94,7 +101,10 @@ class CaptureHandler(logging.Handler):
         except Exception:
             self.handleError(record)
             return
-        line = json.dumps({"level": record.levelname, "logger": record.name, "text": text[:_MAX_LINE]})
+        # The reader keeps 64 KiB together: 8,192 characters of 4 bytes fit, or of 6 where JSON escapes one.
+        text = text[:_MAX_LINE].encode("utf-8", "backslashreplace").decode()
+        values = {"level": record.levelname, "logger": record.name[:_MAX_NAME], "text": text}
+        line = json.dumps(values, ensure_ascii=False)
         _write(f"{RS}l{attempt_token.get()}{US}{line}\n")
 
 
@@ -113,10 +123,15 @@ def begin(token: str) -> None:
     _write(f"\n{RS}B{token}{US}\n")
 
 
-def end(token: str) -> None:
-    """All lines of this attempt are in the pipe when this returns."""
+def finish_lines(token: str | None = None) -> None:
+    """Write out what has been printed without a line end, by one attempt or by whomever."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, CapturedStream):
-            stream.finish_line()
+            stream.finish_lines(token)
+
+
+def end(token: str) -> None:
+    """All lines of this attempt are in the pipe when this returns."""
+    finish_lines()  # threads that the task started have no token in their context
     # The line break in front ends a plain line that has none; an empty line is dropped by the reader.
     _write(f"\n{RS}E{token}{US}\n")

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import os
+import select
 import threading
 import uuid
-from collections.abc import Callable, Iterator
-from typing import Final
+from collections.abc import Callable
+from typing import Final, TypeVar
 
 import msgspec
 
@@ -16,6 +16,8 @@ from taskkit import linux
 from taskkit.wire.codec import pack_runner_frame
 from taskkit.wire.framing import HEADER_SIZE, max_frame
 from taskkit.wire.messages import Event, Finished, Progress, RunnerMessage, TaskFailure
+
+_Sent = TypeVar("_Sent", bound=RunnerMessage)
 
 #: Bytes that an event's frame has beyond name and data: header, map keys, token. Measured 98; rounded up.
 _OVERHEAD: Final = HEADER_SIZE + 128
@@ -46,7 +48,7 @@ class Emitter:
         self._seq = 0
         self._frame = b""
         self._written: list[int] = []
-        self._held: Progress | None = None
+        self._held: dict[str, Progress] = {}
         self._owner = 0
         self._after: Callable[[], None] | None = None
 
@@ -62,21 +64,33 @@ class Emitter:
           RuntimeError: called in a forked child, or from a signal handler inside another call.
           OSError: the descriptor is gone.
         """
-        with self._locked():
-            self._flush()
-            if self._held is not None:
-                held, self._held = self._held, None
-                self._write(held)
-            self._write(message)
+        self._alone(self._send, message)
+
+    def _send(self, message: RunnerMessage) -> None:
+        self._flush()
+        while self._held:
+            self._write(self._held.pop(next(iter(self._held))))
+        self._write(message)
 
     def send_progress(self, message: Progress) -> None:
-        """Write `message`, or keep only the newest one while the pipe is more than three quarters full."""
-        with self._locked():
-            if self._frame or linux.bytes_in_pipe(self._fd) > self._room:
-                self._held = message
-                return
-            self._held = None
+        """Write `message`, or keep only the attempt's newest one while the pipe is more than three quarters full."""
+        self._alone(self._send_progress, message)
+
+    def _send_progress(self, message: Progress) -> None:
+        self._held.pop(message.token, None)
+        if self._frame or self._is_filling():
+            self._held[message.token] = message
+        else:
             self._write(message)
+
+    def _is_filling(self) -> bool:
+        """Whether a small frame might have to wait.
+
+        A write does not share a page that it does not fit: frames of 2.1 KB fill all pages with half the bytes.
+        """
+        poll = select.poll()
+        poll.register(self._fd, select.POLLOUT)
+        return not poll.poll(0) or linux.bytes_in_pipe(self._fd) > self._room
 
     def blob(self, data: bytes) -> tuple[str, int, str]:
         """Store a value too large for a frame; return (name, bytes, sha256 in hex). On disk when it returns."""
@@ -118,16 +132,22 @@ class Emitter:
     def defer(self, action: Callable[[], None]) -> bool:
         """Have `action` called when the call under way ends; return False when there is none.
 
-        For a signal handler that wants to raise: between a write and the record of it, or with the lock half
-        taken, an exception would tear the stream or leave the lock behind.
+        For a signal handler that wants to raise: the call's frame is then told wholly, with nothing left to flush.
         """
         if not self._lock.locked():
             return False
         self._after = action
-        return True
+        if self._lock.locked():
+            return True
+        self._after = None  # another thread's call ended in between and may not have seen the action
+        return False
 
-    @contextlib.contextmanager
-    def _locked(self) -> Iterator[None]:
+    def _alone(self, write: Callable[[_Sent], None], message: _Sent) -> None:
+        """Call `write(message)` under the lock.
+
+        `with` stands on the lock itself: CPython lets no signal handler in between its acquisition and the body.
+        Behind a context manager written in Python, an exception from a handler could keep the lock for ever.
+        """
         if os.getpid() != self._pid:
             raise RuntimeError(
                 "a child that a task has forked cannot speak for its run; speak from the task's process"
@@ -139,7 +159,7 @@ class Emitter:
             with self._lock:
                 self._owner = me
                 try:
-                    yield
+                    write(message)
                 finally:
                     self._owner = 0
         finally:

@@ -20,10 +20,19 @@ _OURS: Final = str(Path(__file__).parent)
 def _foreign(value: Any) -> Any:
     if isinstance(value, Promise | PurePath):
         return str(value)
+    if value is None or isinstance(value, bool | tuple | frozenset):  # as values JSON has them
+        raise TypeError(f"JSON cannot have {_shown(value)} as a key; keys are text or numbers")
     raise TypeError(
-        f"JSON cannot express {value!r:.100} of type {type(value).__module__}.{type(value).__qualname__}; "
+        f"JSON cannot express {_shown(value)} of type {class_path(type(value))}; "
         "convert it first (for a model instance, send its pk and the fields that matter)"
     )
+
+
+def _shown(value: Any) -> str:
+    try:
+        return f"{value!r:.100}"
+    except BaseException:  # the user's __repr__; it must not hide what is wrong
+        return "a value"
 
 
 _encoder: Final = msgspec.json.Encoder(enc_hook=_foreign, decimal_format="string")
@@ -68,7 +77,7 @@ def failure_of(error: BaseException) -> TaskFailure:
     )
     try:
         message = str(error)
-    except Exception as broken:
+    except BaseException as broken:  # whatever it is, the failure has to be told
         message = f"<no message: {type(error).__qualname__}.__str__ raised {type(broken).__qualname__}>"
     # A lone surrogate in a message must not keep the failure itself from being told.
     return TaskFailure(

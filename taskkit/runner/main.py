@@ -165,6 +165,8 @@ class Runner:
     def _end(self, finished: Finished) -> None:
         if self._spec.concurrency == 1:
             capture.end(finished.token)
+        else:
+            capture.finish_lines(finished.token)
         self._emitter.finished(finished)
 
     def _create(self, order: Create) -> Created:

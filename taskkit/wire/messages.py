@@ -125,17 +125,20 @@ class RunnerSpec(Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class Start(Message, frozen=True):
-    """Perform one attempt. Sent again after a takeover: a runner ignores a `token` it has seen."""
+    """Perform one attempt. Sent again after a takeover: a runner ignores a `token` it has seen.
+
+    `args`, `kwargs` and `metadata` are JSON as it is stored: the gateway does not take a megabyte apart.
+    """
 
     run: str
     attempt: int
     token: str
     task: str
-    args: list[Any] = []
-    kwargs: dict[str, Any] = {}
+    args: bytes = b"[]"
+    kwargs: bytes = b"{}"
     row: Row | None = None
     max_attempts: int = 1
-    metadata: dict[str, Any] = {}
+    metadata: bytes = b"{}"
     memory_limit: int | None = None
 
 
@@ -293,7 +296,8 @@ class Configure(Message, frozen=True):
     """First message to a gateway; the listening socket comes along.
 
     `boot_id` tells a reboot from a restart; `settings` is the resolved Settings struct as plain data. `adopting`
-    names the runners whose RunnerUp follows; an open attempt of any other runner is lost.
+    names the runners whose RunnerUp follows; an open attempt of any other runner is lost. `tree_mark` is in the
+    environment of whatever tasks start (taskkit.linux.TREE_MARK).
     """
 
     settings: dict[str, Any]
@@ -303,6 +307,7 @@ class Configure(Message, frozen=True):
     boot_id: str
     key_file: str
     allowed_hosts: list[str]
+    tree_mark: str = ""
     versions: dict[str, str] = {}
     adopting: list[str] = []
 

@@ -11,7 +11,6 @@ import os
 import signal
 import socket
 import sys
-import traceback
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -57,9 +56,9 @@ def main(argv: list[str]) -> int:
     except prepare.NotForkSafe as error:
         return _fail(control, "not fork-safe", str(error))
     except SettingsError as error:
-        return _fail(control, "settings", str(error))
+        return _fail(control, str(error), "")
     except BaseException as error:
-        return _fail(control, f"{type(error).__name__}: {error}", traceback.format_exc())
+        return _fail(control, f"{type(error).__name__}: {error}", prepare.complaint_of(error))
     seqpacket.send(control, pack(ready))
     _serve(control, tasks, options.supervisor)
     return 0

@@ -12,7 +12,9 @@ import select
 import sys
 import threading
 import traceback
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import dropwhile
 from pathlib import Path
 from typing import Any, Final
 
@@ -50,19 +52,97 @@ def load_project(settings_module: str, path: list[str]) -> dict[str, Any]:
     """Import the project as manage.py would; return its tasks by name.
 
     Raises:
+      SettingsError: there is no such settings module, or `taskkit` is not among its apps.
       BaseException: whatever the project's import raises.
     """
     sys.path[:0] = path
     os.environ["DJANGO_SETTINGS_MODULE"] = settings_module
+    _import_settings(settings_module)
     import django
 
+    _check_installed(settings_module)
     django.setup()
     from taskkit import registry
 
-    tasks = registry.load()
+    tasks = registry.known()  # cached: the runners forked from here submit without loading once more
     for name in _PRELOADED:
         importlib.import_module(name)
     return tasks
+
+
+def _import_settings(module: str) -> None:
+    """Import the settings module by itself: that it is missing differs from what it fails to import."""
+    parts = module.split(".")
+    try:
+        if "" in parts:  # import_module would take a leading dot for a relative import, and say so
+            raise ModuleNotFoundError(f"No module named {module!r}", name=module)
+        importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name not in [".".join(parts[: count + 1]) for count in range(len(parts))]:
+            raise
+        raise SettingsError(
+            f"cannot import settings module {module}: {error}; "
+            "start in the folder of manage.py, or check --settings"
+        ) from error
+
+
+def _check_installed(module: str) -> None:
+    """Refuse a project without our app, before a model of ours is imported: Django would blame the model."""
+    from django.apps import AppConfig
+    from django.conf import settings
+
+    entries: Iterable[str] = settings.INSTALLED_APPS
+    if any(entry.split(".")[0] == "taskkit" for entry in entries):
+        return
+    # The project may have a configuration of its own for our app; telling takes the import of each app's own.
+    if not any(AppConfig.create(entry).name == "taskkit" for entry in entries):
+        raise SettingsError(
+            f'"taskkit" is missing from INSTALLED_APPS of {module}; add it, then run `manage.py migrate`'
+        )
+
+
+def complaint_of(error: BaseException) -> str:
+    """Return the traceback of a failed import from the project's first frame on.
+
+    What called the project (this package, importlib, Django) is the same for every project and hides the two lines
+    that matter. Empty if nothing else is in it: then the error's own text says everything, save
+    for a SyntaxError, which has file and line apart from it.
+    """
+    shown = traceback.TracebackException.from_exception(error)
+    own_fault = bool(shown.stack) and _is_ours(shown.stack[-1].filename)
+    if own_fault and not isinstance(error, _improperly_configured()):
+        return "".join(shown.format())
+    link: traceback.TracebackException | None = shown
+    while link is not None:
+        link.stack = _from_project_on(link.stack)
+        link = link.__cause__ or link.__context__
+    if not shown.stack:
+        return "".join(shown.format_exception_only()) if isinstance(error, SyntaxError) else ""
+    return "".join(shown.format())
+
+
+def _improperly_configured() -> tuple[type[BaseException], ...]:
+    module = sys.modules.get("django.core.exceptions")
+    return () if module is None else (module.ImproperlyConfigured,)
+
+
+def _from_project_on(stack: list[traceback.FrameSummary]) -> traceback.StackSummary:
+    kept: list[traceback.FrameSummary] = list(dropwhile(_is_machinery, stack))
+    return traceback.StackSummary.from_list(kept)
+
+
+def _is_ours(filename: str) -> bool:
+    own = Path(__file__).parent
+    return filename.startswith(f"{own}{os.sep}") or filename == str(own.parent / "registry.py")
+
+
+def _is_machinery(frame: traceback.FrameSummary) -> bool:
+    filename = frame.filename
+    homes = [Path(importlib.__file__).parent]
+    if (django := sys.modules.get("django")) is not None and django.__file__:
+        homes.append(Path(django.__file__).parent)
+    imported = filename.startswith(("<frozen importlib", *(f"{home}{os.sep}" for home in homes)))
+    return imported or _is_ours(filename)
 
 
 def describe(settings_module: str, tasks: dict[str, Any], probe: Probe) -> ZygoteReady:

@@ -94,8 +94,6 @@ def _last_words() -> None:
     try:
         traceback.print_exc()
         sys.stderr.flush()
-        for stream in (sys.stdout, sys.stderr):
-            if isinstance(stream, capture.CapturedStream):
-                stream.finish_line()
+        capture.finish_lines()
     except OSError:
         return

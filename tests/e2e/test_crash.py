@@ -348,3 +348,42 @@ def test_a_kernel_oom_kill_is_told_as_one(capsys: pytest.CaptureFixture[str]) ->
             assert [int(e.id) for e in tree.events(bystander)] == list(range(1, 23)), (
                 "the tree itself was spared"
             )
+
+
+@pytest.fixture(scope="module")
+def project() -> Iterator[Tree]:
+    with Tree(runners=2) as running:
+        yield running
+
+
+@pytest.mark.parametrize("code", [70, 71, 75])
+def test_an_exit_code_that_runners_use_themselves_is_still_the_tasks_crash(project: Tree, code: int) -> None:
+    """Taken for a runner that could not start, the run would be performed again for ever."""
+    run = project.submit("proj.leave", code=code)["id"]
+    snapshot = project.wait(run)
+    assert snapshot["status"] == "FAILED"
+    assert [attempt["ending"] for attempt in snapshot["attempts"]] == ["crashed"]
+    assert snapshot["error"]["cause"]["exit_code"] == code
+
+
+def test_a_result_that_cannot_be_shown_fails_the_run_once(project: Tree) -> None:
+    snapshot = project.wait(project.submit("proj.unprintable")["id"])
+    assert snapshot["status"] == "FAILED"
+    assert [attempt["ending"] for attempt in snapshot["attempts"]] == ["raised"]
+    assert "Unprintable" in snapshot["error"]["message"]
+
+
+def test_a_senseless_backoff_fails_the_run_and_breaks_no_list(project: Tree) -> None:
+    snapshot = project.wait(project.submit("proj.hopeless")["id"])
+    assert snapshot["status"] == "FAILED"
+    assert "backoff" in snapshot["error"]["message"]
+    assert project.http.get("/api/v1/runs").status_code == 200
+
+
+def test_a_timeout_of_nothing_ends_the_first_attempt(project: Tree) -> None:
+    response = project.http.post(
+        "/api/v1/runs", json={"task": "proj.sleepy", "kwargs": {"seconds": 30}, "timeout": 0.01}
+    )
+    snapshot = project.wait(response.json()["id"])
+    assert snapshot["status"] == "FAILED"
+    assert [attempt["ending"] for attempt in snapshot["attempts"]] == ["timed_out"]

@@ -115,3 +115,31 @@ def test_the_supervisor_starts_at_once_beside_a_draining_gateway(tmp_state_dir: 
         events: list[SseEvent] = tree.events(run, timeout=60)
         assert [int(event.id) for event in events] == list(range(1, len(events) + 1))
         assert events[-1].json["status"] == "SUCCESSFUL"
+
+
+def test_what_tasks_have_started_dies_with_a_killed_supervisor(tmp_state_dir: Path) -> None:
+    """A child of a task, in a session of its own: the kernel does not tell it."""
+    with Tree(tmp_state_dir) as tree:
+        run = tree.submit("proj.daemonise")["id"]
+        with tree.stream(run) as stream:
+            events = (event for event in stream.events() if event.type == "daemon")
+            daemon = psutil.Process(next(events).json["pid"])
+        os.kill(tree.pid, signal.SIGKILL)
+        tree.process.wait(5)
+        assert not wait_until_gone({daemon}, 2.0), "a task's child survives the supervisor"
+
+
+def test_what_even_the_gateway_could_not_end_is_ended_by_the_next_start(tmp_state_dir: Path) -> None:
+    with Tree(tmp_state_dir) as tree:
+        run = tree.submit("proj.daemonise")["id"]
+        with tree.stream(run) as stream:
+            events = (event for event in stream.events() if event.type == "daemon")
+            daemon = psutil.Process(next(events).json["pid"])
+        gateway = tree.child("gateway").pid
+        os.kill(tree.pid, signal.SIGSTOP)  # or it would start another gateway
+        os.kill(gateway, signal.SIGKILL)
+        os.kill(tree.pid, signal.SIGKILL)
+        tree.process.wait(5)
+        assert daemon.is_running()
+        tree.start()
+        assert not wait_until_gone({daemon}, 2.0), "it works beside its own second attempt"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import time
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
@@ -161,3 +162,36 @@ def die(number: int = signal.SIGKILL) -> None:
     """Send this process a signal."""
     emit("ready")
     os.kill(os.getpid(), number)
+
+
+@task
+def daemonise(seconds: float = 60.0) -> None:
+    """Start a program in a session of its own, tell its pid, and go on working."""
+    child = subprocess.Popen(["sleep", "300"], start_new_session=True)
+    emit("daemon", {"pid": child.pid})
+    time.sleep(seconds)
+
+
+class Unprintable:
+    """Its `repr` raises, as a lazy query's does when its database is away."""
+
+    def __repr__(self) -> str:
+        raise RuntimeError("no repr")
+
+
+@task
+def unprintable() -> Unprintable:
+    """Return what can neither be stored nor shown."""
+    return Unprintable()
+
+
+@task
+def leave(code: int) -> None:
+    """End the process at once, with any exit code."""
+    os._exit(code)
+
+
+@task(max_attempts=3, backoff=lambda exception, task_result: float("inf"))
+def hopeless() -> None:
+    """Fail, and ask for another attempt at the end of time."""
+    raise ValueError("hopeless")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import signal
-import subprocess
+import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 
@@ -196,17 +196,13 @@ async def test_ending_goes_on_when_nobody_waits_for_it_any_more(start: Start, de
         assert str(await child.end(0)) == "SIGKILL"
 
 
-
-
 async def grandchild_of(child: Child) -> psutil.Process:
     (found,) = psutil.Process(child.pid).children()
     return found
 
 
 @pytest.mark.parametrize("option", ["group", "session"])
-async def test_what_its_group_left_behind_dies_with_it(
-    start: Start, deadline: Deadline, option: str
-) -> None:
+async def test_what_its_group_left_behind_dies_with_it(start: Start, deadline: Deadline, option: str) -> None:
     child = await start(
         'subprocess.Popen(["sleep", "60"]); ready(); signal.pause()',
         group=option == "group",
@@ -240,6 +236,6 @@ async def test_a_program_that_does_not_exist_says_so_by_its_exit(deadline: Deadl
 
 
 def test_no_room_for_a_process_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(subprocess.sys, "executable", "/nonexistent/python")
+    monkeypatch.setattr(sys, "executable", "/nonexistent/python")
     with pytest.raises(OSError):
         spawn("x", "http.server", [], [], session=False)

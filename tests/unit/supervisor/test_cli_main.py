@@ -29,7 +29,7 @@ from taskkit.wire.messages import ChildStatus, Status
 
 COMMANDS = [
     *("run", "demo", "start", "stop", "restart", "status"),
-    *("submit", "follow", "runs", "runners", "cancel", "logs", "token"),
+    *("submit", "follow", "tasks", "runs", "runners", "cancel", "logs", "token"),
 ]
 
 
@@ -255,3 +255,82 @@ def test_a_reader_that_left_is_no_traceback() -> None:
 def test_no_command_shows_the_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert main.main([]) == exits.BAD_CONFIGURATION
     assert "Commands:" in "".join(capsys.readouterr())
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main.main(["--version"]) == exits.OK
+    assert capsys.readouterr().out.startswith("bulkhead ")
+
+
+def test_commands_to_copy_are_lines_of_their_own(capsys: pytest.CaptureFixture[str]) -> None:
+    client: Any = Follower(KeyboardInterrupt)
+    runs.follow_to_the_end(client, "r", "t", after="", json=False, submitted=True)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == [
+        "run r",
+        "Left; run r goes on.",
+        "Back:   bulkhead follow r",
+        "End it: bulkhead cancel r",
+    ]
+
+
+class Refusing:
+    """A client whose gateway refuses everything but a status."""
+
+    def __init__(self, code: str, detail: str) -> None:
+        self.error = GatewayError(detail, {"type": f"urn:bulkhead:problem:{code}"})
+
+    def refuse(self, *_: object, **__: object) -> Any:
+        raise self.error
+
+    task = cancel = refuse
+
+    def status(self, run: str) -> dict[str, Any]:
+        return {"status": "FAILED"}
+
+
+def test_an_unknown_task_leads_to_the_list_of_tasks() -> None:
+    client: Any = Refusing("unknown-task", "there is no task 'x'; GET /api/v1/tasks lists them")
+    with pytest.raises(GatewayError, match="`bulkhead tasks` lists them"):
+        runs.submit_pairs(client, "x", {})
+
+
+def test_cancelling_a_run_that_has_ended_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(runs, "connected", lambda *_: Refusing("run-finished", "no"))
+    assert main.main(["cancel", "r"]) == exits.FAILED
+    assert "has ended already (FAILED)" in capsys.readouterr().err
+
+
+def test_tasks_are_listed_with_what_one_types(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Listing:
+        def tasks(self) -> dict[str, Any]:
+            properties = {"how": {}, "n": {"default": 10}, "path": {"default": None}}
+            schema = {"properties": properties, "required": ["how"]}
+            return {"tasks": [{"name": "a.b", "doc": "Do it.\nMore.", "parameters": schema}, {"name": "a.c"}]}
+
+    monkeypatch.setattr(runs, "connected", lambda *_: Listing())
+    assert main.main(["tasks"]) == exits.OK
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].split("  ") == ["a.b", "how n=10 [path]", "Do it."]
+    assert main.main(["tasks", "--json"]) == exits.OK
+    assert len(json.loads(capsys.readouterr().out)["tasks"]) == 2
+
+
+def test_restart_leaves_a_foreground_tree_alone(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Operator:
+        pid = 4711
+
+        def close(self) -> None: ...
+
+    monkeypatch.setattr("supervisor.cli.operate.connect", lambda place: Operator())
+    for recipe in (None, {"arguments": [], "cwd": "/", "pid": 12}):
+        if recipe is not None:
+            (tmp_path / tree._START_FILE).write_text(json.dumps(recipe))
+        assert main.main(["restart", "--state-dir", str(tmp_path)]) == exits.BAD_CONFIGURATION
+        assert "pid 4711) runs in the foreground" in capsys.readouterr().err

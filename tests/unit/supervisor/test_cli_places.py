@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from supervisor.cli import connect, project
+from supervisor.cli import connect, operate, project
 from supervisor.cli.project import DEMO_SETTINGS, Project, control_socket, demo_folder, state_dir_for
 from taskkit.errors import SettingsError
+from taskkit.wire.messages import Status
 
 SETTINGS = (
     "TASKKIT = {'STATE_DIR': '/own/place', 'KEY_FILE': '/own/key'}\nprint('a settings file may print')\n"
@@ -104,3 +105,72 @@ def test_the_key_is_in_the_state_directory_unless_said_otherwise(
     assert connect.key_file(Project.choose("mine"), tmp_path) == tmp_path / "key"
     monkeypatch.setenv("TASKKIT_KEY_FILE", "env-key")
     assert connect.key_file(Project.choose("mine"), tmp_path) == tmp_path / "env-key"
+
+
+def test_hints_name_what_finds_the_same_tree(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert project.flags_of(Project.choose(None), None) == ""
+    assert project.flags_of(Project.choose("mine"), Path("a b")) == (
+        f" --settings mine --state-dir '{tmp_path}/a b'"
+    )
+    monkeypatch.setenv("DJANGO_SETTINGS_MODULE", "theirs")
+    monkeypatch.setenv("TASKKIT_STATE_DIR", "env")
+    assert project.flags_of(Project.choose(None), None) == f" --settings theirs --state-dir {tmp_path}/env"
+
+
+def test_beside_a_manage_py_the_demo_is_named(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    connect.choose(None, None)
+    (tmp_path / "manage.py").touch()
+    connect.choose("mine", None)
+    connect.choose(None, Path("place"))
+    assert capsys.readouterr().err == ""
+    connect.choose(None, None)
+    assert project.PRESUMED in capsys.readouterr().err
+    assert project.PRESUMED in str(connect.not_running(Project.choose(None), tmp_path))
+    assert project.PRESUMED not in str(connect.not_running(Project.choose("mine"), tmp_path))
+
+
+def test_a_search_waits_for_the_tree_then_says_that_it_has_stopped(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    now, said = 100.0, list[str]()
+    search = connect.Search(tmp_path, said.append, "; start it", clock=lambda: now)
+    assert search() is None
+    now += connect.TREE_PATIENCE
+    assert search() is None
+    assert said == ["the gateway is gone; waiting for it (Ctrl-C leaves)"]
+    search.found()
+    assert search() is None
+    now += connect.TREE_PATIENCE + 0.1
+    with pytest.raises(connect.NotRunning, match="has stopped; start it"):
+        search()
+    assert len(said) == 2
+
+
+def test_a_search_tells_the_address_of_today(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    class Operator:
+        def __enter__(self) -> Operator:
+            return self
+
+        def __exit__(self, *_: object) -> None: ...
+
+        def ask(self, name: str) -> Status:
+            return Status(
+                pid=1,
+                state="RUNNING",
+                url="http://127.0.0.1:7",
+                state_dir="",
+                settings_module="m",
+                uptime=0.0,
+            )
+
+    search = connect.Search(tmp_path, lambda text: None)
+    monkeypatch.setattr("supervisor.cli.operate.connect", lambda place: Operator())
+    assert search() == "http://127.0.0.1:7"
+
+    def stuck(place: Path) -> None:
+        raise operate.Unresponsive("does not answer")
+
+    monkeypatch.setattr("supervisor.cli.operate.connect", stuck)
+    assert search() is None

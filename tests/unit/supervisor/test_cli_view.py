@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from supervisor.cli import output, view
+from supervisor.cli import output, view, wording
 from supervisor.cli.view import JsonView, LiveView, PlainView, progress_of, was_successful
 from taskkit.following import StreamEvent
 
@@ -135,3 +135,120 @@ def test_a_table_on_a_terminal_never_cuts_its_first_column(
     run = "01a1fbe3-78df-74fc-90fb-3764528d9ed1"
     output.print_table(("RUN", "TASK", "STATUS"), [(run, "a.long.name" * 3, "SUCCESSFUL")])
     assert run in capsys.readouterr().out
+
+
+RAISED = event(
+    "stream.end",
+    {
+        "status": "FAILED",
+        "error": {
+            "code": "raised",
+            "message": "kaboom",
+            "exception": "builtins.ValueError",
+            "traceback": 'Traceback:\n  File "x\x1b.py"\nValueError: kaboom\n',
+        },
+    },
+    9,
+)
+LINES = ["Traceback:", r'  File "x\x1b.py"', "ValueError: kaboom"]
+
+
+def test_a_failure_ends_with_its_traceback_as_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    show(PlainView(), RAISED)
+    assert capsys.readouterr().out.splitlines()[:4] == [
+        "     9  stream.end  FAILED: ValueError: kaboom",
+        *LINES,
+    ]
+    screen = io.StringIO()
+    show(LiveView("t", Console(file=screen, width=20)), RAISED)
+    lines = screen.getvalue().splitlines()
+    begin = next(i for i, line in enumerate(lines) if line.startswith("FAILED: ValueError: kaboom  (after"))
+    assert lines[begin + 1 : begin + 4] == LINES
+
+
+def test_a_signal_shows_the_traceback_of_its_cause() -> None:
+    error = {"message": "died of SIGSEGV", "cause": {"kind": "signal", "traceback": "Fatal\n  File x"}}
+    assert wording.exception_line(error) == "died of SIGSEGV"
+    assert wording.traceback_lines(error) == ["Fatal", "  File x"]
+    assert wording.traceback_lines({"message": "m"}) == []
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        ({"exception": "builtins.KeyError", "message": "'x'"}, "KeyError: 'x'"),
+        ({"exception": "shop.errors.Sold", "message": "shop.errors.Sold"}, "shop.errors.Sold"),
+        ({"exception": "builtins.MemoryError", "message": ""}, "MemoryError"),
+        ({"odd": 1}, '{"odd": 1}'),
+    ],
+)
+def test_an_exception_is_named_as_python_does(error: dict[str, Any], line: str) -> None:
+    assert wording.exception_line(error) == line
+
+
+@pytest.mark.parametrize(
+    ("data", "line"),
+    [
+        (
+            {
+                "attempt": 1,
+                "ending": "raised",
+                "delay": 2,
+                "error": {"exception": "builtins.E", "message": "m"},
+            },
+            "attempt 1 raised E: m; again in 2 s",
+        ),
+        (
+            {"attempt": 1, "ending": "lost", "delay": 0, "error": {"message": "x"}},
+            "attempt 1 lost (the tree was stopped or died); it runs again",
+        ),
+        (
+            {"attempt": 2, "ending": "timed_out", "delay": 75.0, "error": {"message": "over 5 s"}},
+            "attempt 2 timed out: over 5 s; again in 1 min 15 s",
+        ),
+        ({"attempt": 3, "ending": "crashed", "error": None}, "attempt 3 crashed; it runs again"),
+    ],
+)
+def test_a_retry_is_told_in_words(data: dict[str, Any], line: str) -> None:
+    assert wording.describe(event("run.retrying", {**data, "_run": "x"})) == line
+
+
+def test_a_finding_is_a_line_to_read() -> None:
+    data = {"file": "re/_parser.py", "line": 507, "name": "_parse", "complexity": 123, "lines": 400}
+    assert wording.describe(event("finding", data)) == "complexity 123  re/_parser.py:507 _parse"
+    assert wording.describe(event("finding", {"file": "x"})) == '{"file": "x"}'
+
+
+def test_the_worst_of_a_result_are_a_table(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [{"file": "a.py", "line": 1}, {"file": "b.py", "line": 22}]
+    show(PlainView(), event("stream.end", {"status": "SUCCESSFUL", "result": {"n": 1, "worst": rows}}))
+    out = capsys.readouterr().out.splitlines()
+    assert out[:4] == ['     1  stream.end  SUCCESSFUL: {"n": 1}', "FILE  LINE", "a.py  1", "b.py  22"]
+    odd = event("stream.end", {"status": "SUCCESSFUL", "result": {"worst": [{"a": 1}, {"b": 2}]}})
+    assert wording.summary(odd).endswith('{"worst": [{"a": 1}, {"b": 2}]}')
+
+
+def test_a_long_result_is_cut_between_words() -> None:
+    assert wording.shortened("word " * 400).endswith("word …")
+    assert len(wording.shortened("x" * 5000)) == wording.SUMMARY_LIMIT + 2
+
+
+def test_without_progress_there_is_no_bar_and_with_it_the_bar_stands_above_the_outcome() -> None:
+    def screen(*events: StreamEvent) -> str:
+        file = io.StringIO()
+        live = LiveView("t", Console(file=file, force_terminal=True, width=120, color_system=None))
+        with live:
+            for one in events:
+                live.event(one)
+                live._bar.refresh()
+        return file.getvalue()
+
+    assert "/?" not in screen(event("note", {}), END)
+    told = screen(event("run.progress", {"done": 3, "total": 4}), END)
+    assert told.rindex("4/4") < told.index("SUCCESSFUL")
+
+
+def test_a_notice_is_never_cut() -> None:
+    file = io.StringIO()
+    LiveView("t", Console(file=file, force_terminal=True, width=20, color_system=None)).notice("word " * 30)
+    assert "word " * 30 in file.getvalue()

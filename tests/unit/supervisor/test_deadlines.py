@@ -52,11 +52,13 @@ def test_a_later_order_with_the_same_key_replaces() -> None:
     assert ledger.due(100) == [Due("r", "t", "timeout", 7)]
 
 
-@pytest.mark.parametrize("other", [{"runner": "x"}, {"token": "x"}, {"kind": "cancelled"}])
-def test_another_runner_token_or_kind_is_another_deadline(other: dict[str, str]) -> None:
+@pytest.mark.parametrize(
+    ("runner", "token", "kind"), [("x", "t", "timeout"), ("r", "x", "timeout"), ("r", "t", "cancelled")]
+)
+def test_another_runner_token_or_kind_is_another_deadline(runner: str, token: str, kind: str) -> None:
     ledger = DeadlineLedger()
     ledger.arm(deadline(1), 0)
-    ledger.arm(deadline(2, **other), 0)  # type: ignore[arg-type]
+    ledger.arm(deadline(2, runner=runner, token=token, kind=kind), 0)
     assert len(ledger.due(5)) == 2
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from types import SimpleNamespace
 
+import psutil
 import pytest
 
 from supervisor import memory
@@ -75,5 +76,5 @@ def test_less_than_a_twentieth_is_scarce(
     monkeypatch: pytest.MonkeyPatch, available: int, scarce: bool
 ) -> None:
     facts = SimpleNamespace(available=available, total=1000)
-    monkeypatch.setattr(memory.psutil, "virtual_memory", lambda: facts)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: facts)
     assert memory.is_scarce() is scarce

@@ -49,9 +49,9 @@ def meant() -> set[int]:
     return linux.children()
 
 
-def daemon() -> psutil.Process:
+def daemon(source: str = DAEMON) -> psutil.Process:
     printed = subprocess.run(
-        [sys.executable, "-c", DAEMON], stdout=subprocess.PIPE, text=True, check=True, timeout=20
+        [sys.executable, "-c", source], stdout=subprocess.PIPE, text=True, check=True, timeout=20
     ).stdout
     process = psutil.Process(int(printed))
     assert process.ppid() == os.getpid()
@@ -68,6 +68,12 @@ def sleeper() -> Iterator[subprocess.Popen[bytes]]:
 
 def gone(pid: int) -> bool:
     return pid not in linux.children()
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Wait for what only the kernel knows, and tells nobody."""
+    while not condition():  # noqa: ASYNC110 - there is no event to wait for
+        await trio.sleep(0.01)
 
 
 def test_a_daemon_is_killed_and_then_reaped(meant: set[int]) -> None:
@@ -114,8 +120,7 @@ async def test_the_death_of_a_runner_is_a_reason_to_look(meant: set[int], deadli
             nursery.start_soon(strays.run)
             stray = daemon()
             strays.look()
-            while not gone(stray.pid):  # killed, and reaped by the look that the kill itself asks for
-                await trio.sleep(0.01)
+            await until(lambda: gone(stray.pid))
             nursery.cancel_scope.cancel()
 
 
@@ -128,8 +133,7 @@ async def test_strays_are_found_without_a_reason_as_well(
         async with trio.open_nursery() as nursery:
             nursery.start_soon(strays.run)
             stray = daemon()
-            while not gone(stray.pid):
-                await trio.sleep(0.01)
+            await until(lambda: gone(stray.pid))
             nursery.cancel_scope.cancel()
 
 
@@ -148,24 +152,20 @@ async def test_nobody_is_judged_while_somebody_is_born(meant: set[int], deadline
         async with trio.open_nursery() as nursery:
             nursery.start_soon(strays.run)
             strays.look()
-            while asked < 5:  # it keeps asking, since one look is owed
-                await trio.sleep(0.01)
+            await until(lambda: asked >= 5)  # it keeps asking, since one look is owed
             assert helpers.is_alive(newborn)
             births = 0
-            while not gone(newborn.pid):
-                await trio.sleep(0.01)
+            await until(lambda: gone(newborn.pid))
             nursery.cancel_scope.cancel()
 
 
 async def test_what_a_stray_had_made_itself_is_found_next(meant: set[int], deadline: Deadline) -> None:
-    nested = DAEMON.replace("time.sleep(60)", "os.fork(); os.fork(); time.sleep(60)")
-    subprocess.run([sys.executable, "-c", nested], stdout=subprocess.DEVNULL, check=True, timeout=20)
+    daemon(DAEMON.replace("time.sleep(60)", "os.fork(); os.fork(); time.sleep(60)"))
     strays = Strays(lambda: meant, lambda: 0)
     with deadline(4):
         async with trio.open_nursery() as nursery:
             nursery.start_soon(strays.run)
             strays.look()
-            while linux.children() - meant:
-                await trio.sleep(0.01)
+            await until(lambda: not linux.children() - meant)
             nursery.cancel_scope.cancel()
     assert strays.killed >= 1

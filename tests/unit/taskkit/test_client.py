@@ -220,6 +220,31 @@ def test_follow_of_a_run_that_is_not_there_raises(gateway: Client, server: Serve
         next(gateway.follow(RUN))
 
 
+def test_follow_asks_where_the_gateway_is_after_a_failure(server: Server, gateway: Client) -> None:
+    server.script = [stream(event(1), broken=True), stream(event(2)), stream(END)]
+    asked: list[str] = []
+
+    def locate() -> str | None:
+        asked.append("")
+        return gateway.base_url
+
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        elsewhere = get_client(f"http://127.0.0.1:{taken.getsockname()[1]}")
+    events = list(elsewhere.follow(RUN, locate=locate))
+    assert [e.id for e in events] == ["1", "2", "3"]
+    assert len(asked) == 2, "a stream that ended cleanly is no failure"
+
+
+def test_what_locate_raises_ends_the_following(server: Server, gateway: Client) -> None:
+    server.script = [hang_up]
+
+    def locate() -> str | None:
+        raise LookupError("the tree has stopped")
+
+    with pytest.raises(LookupError):
+        list(gateway.follow(RUN, locate=locate))
+
+
 def test_follow_gives_up_after_its_patience(gateway: Client, server: Server) -> None:
     server.script = [hang_up] * 1000
     with pytest.raises(GatewayError, match="did not come back"):

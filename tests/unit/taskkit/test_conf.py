@@ -53,3 +53,15 @@ def test_a_wrong_variable_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TASKKIT_INTAKE_RUNNERS", "-1")
     with pytest.raises(ImproperlyConfigured, match="environment: INTAKE_RUNNERS = -1"):
         read_settings()
+
+
+def test_the_key_lies_where_the_settings_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    from taskkit.conf import key_file
+
+    monkeypatch.setenv("XDG_STATE_HOME", "/state")
+    with override_settings(TASKKIT={"KEY_FILE": "/keys/one", "STATE_DIR": "/var/x"}):
+        assert key_file() == Path("/keys/one")
+    with override_settings(TASKKIT={"STATE_DIR": "/var/x"}):
+        assert key_file() == Path("/var/x/key")
+    with override_settings(TASKKIT={}):
+        assert key_file() == Path("/state/bulkhead/tests.project.settings/key")

@@ -40,6 +40,13 @@ def test_every_public_name_is_there(django_project: object) -> None:
         taskkit.nothing  # noqa: B018
 
 
+def test_what_a_client_raises_is_at_hand_without_django() -> None:
+    names = "RunError", "RunFailed", "RunCrashed", "RunTimedOut", "RunWasCancelled", "RunLost"
+    assert set(names) <= set(taskkit.__all__)
+    code = f"import sys; from taskkit import {', '.join(names)}; print('django' in sys.modules, RunLost.__base__)"
+    assert run(code) == "False <class 'taskkit.errors.RunError'>\n"
+
+
 METHODS = ("start_task", "get_task_instance", "is_task_running")
 CHECK = f"""
 import taskkit

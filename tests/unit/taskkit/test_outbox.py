@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import datetime as dt
+import json
 import socket
+import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -153,7 +155,7 @@ def test_arguments_become_json_at_once() -> None:
     from taskkit.outbox import submit
 
     moment = dt.datetime(2026, 1, 2, tzinfo=dt.UTC)
-    mine: dict[str, Any] = {"when": moment, "id": uuid.UUID(int=1), 7: (1, 2), "word": gettext_lazy("Yes")}
+    mine: dict[Any, Any] = {"when": moment, "id": uuid.UUID(int=1), 7: (1, 2), "word": gettext_lazy("Yes")}
     run = submit("proj.echo", [mine]).run()
     mine.clear()
     assert run.args == [
@@ -201,7 +203,96 @@ def test_a_function_is_submitted_by_its_dotted_path() -> None:
     from taskkit.outbox import submit
     from tests.project.tasks import echo
 
-    assert submit(echo).run().task == "tests.project.tasks.echo"
+    assert submit(echo).run().task == "proj.echo"
+    assert submit("tests.project.tasks.echo").run().task == "proj.echo"
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("proj.ecko", "did you mean 'proj.echo'?"),
+        ("tests.project.tasks.ecko", "did you mean 'tests.project.tasks.echo'?"),
+        ("zzz.qqq", "in the tasks module of an installed app"),
+    ],
+)
+def test_a_task_that_does_not_exist_is_refused_with_advice(name: str, words: str) -> None:
+    from taskkit.errors import UnknownTask
+    from taskkit.models import Outbox, Run
+    from taskkit.outbox import submit
+
+    with pytest.raises(UnknownTask) as caught:
+        submit(name)
+    assert words in str(caught.value)
+    assert not Outbox.objects.exists()
+    assert not Run.objects.exists()
+
+
+def test_a_function_that_is_no_task_is_refused() -> None:
+    from taskkit.errors import UnknownTask
+    from taskkit.outbox import submit
+
+    with pytest.raises(UnknownTask, match=r"'json\.dumps'|'json\.__init__\.dumps'"):
+        submit(json.dumps)
+
+
+def test_arguments_that_do_not_fit_are_refused_by_parameter() -> None:
+    from taskkit.errors import InvalidArguments
+    from taskkit.models import Outbox, Run
+    from taskkit.outbox import submit
+
+    with pytest.raises(InvalidArguments, match=r"^proj\.add: ") as caught:
+        submit("proj.add", kwargs={"a": "one", "c": 3})
+    assert set(caught.value.errors) == {"a", "b", "c"}
+    assert not Outbox.objects.exists()
+    assert not Run.objects.exists()
+
+
+def test_a_task_model_by_name_wants_its_row() -> None:
+    from taskkit.outbox import submit
+
+    with pytest.raises(TypeError, match=r"proj\.Row is a task model"):
+        submit("proj.Row")
+
+
+def test_a_refused_submission_leaves_the_transaction_around_it_usable() -> None:
+    from taskkit.errors import UnknownTask
+    from taskkit.models import Outbox
+    from taskkit.outbox import submit
+
+    with transaction.atomic():
+        with pytest.raises(UnknownTask):
+            submit("proj.nothing")
+        kept = submit("proj.echo")
+    assert str(Outbox.objects.get().id) == kept.id
+
+
+def test_the_handle_gives_a_token_for_its_run_alone(tmp_state_dir: Path) -> None:
+    from taskkit import tokens
+    from taskkit.outbox import submit
+
+    key = tokens.load_or_create_key(tmp_state_dir / "key")
+    handle = submit("proj.echo")
+    with override_settings(TASKKIT={"STATE_DIR": tmp_state_dir}):
+        claims = tokens.verify(key, handle.token(actions=["read", "cancel"], subject="ann"))
+        with pytest.raises(ValueError, match="fly"):
+            handle.token(actions=["fly"])
+    assert claims.runs == frozenset({handle.id})
+    assert claims.actions == frozenset({"read", "cancel"})
+    assert claims.tasks == ()
+    assert claims.subject == "ann"
+    assert 3500 < claims.expires_at - time.time() <= 3600
+
+
+def test_a_token_without_a_key_says_what_to_do(tmp_state_dir: Path) -> None:
+    from taskkit.errors import SettingsError
+    from taskkit.outbox import submit
+
+    missing = tmp_state_dir / "nothing"
+    with override_settings(TASKKIT={"KEY_FILE": missing}), pytest.raises(SettingsError) as caught:
+        submit("proj.echo").token()
+    for words in (str(missing), "bulkhead run", "KEY_FILE"):
+        assert words in str(caught.value)
+    assert not missing.exists()
 
 
 def test_too_many_bytes_are_refused_with_the_limit() -> None:

@@ -207,7 +207,6 @@ def test_the_environment_gives_text_or_json() -> None:
             "TASKKIT_START_ON_CONNECT": "true",
             "TASKKIT_ALLOWED_HOSTS": '["a.example"]',
             "BIND": "x",
-            "TASKKIT_NOT_OURS": "1",
         }
     )
     assert found == {
@@ -218,6 +217,12 @@ def test_the_environment_gives_text_or_json() -> None:
         "ALLOWED_HOSTS": ["a.example"],
     }
     assert load_settings(found).pools["default"].runners == 3
+
+
+def test_a_mistyped_variable_is_refused_with_the_known_ones() -> None:
+    with pytest.raises(SettingsError, match=r"TASKKIT_BINDD = 'x'.*did you mean TASKKIT_BIND\?") as caught:
+        from_environment({"TASKKIT_BINDD": "x", "TASKKIT_BIND": "127.0.0.1:0"})
+    assert all(f"TASKKIT_{key}" in str(caught.value) for key in FIELDS)
 
 
 @pytest.mark.parametrize("key", [key for key, field in FIELDS.items() if field.type not in (str, str | None)])

@@ -132,7 +132,7 @@ def test_a_refused_submission_fails_its_run_and_stays_for_people(linked: Tree) -
     from taskkit.models import Outbox
     from taskkit.outbox import submit
 
-    handle = submit("proj.nothing")
+    handle = submit("proj.echo")  # known here; the tree may have older code
     linked.expect(Submit)
     linked.tell(Submitted(id=handle.id, code="unknown-task", error="no task proj.nothing\0"))
     entry = _eventually(lambda: Outbox.objects.filter(state="refused").first())

@@ -119,6 +119,20 @@ def test_settling_twice_changes_nothing_more() -> None:
         assert (accepted.run().status, refused.run().status) == ("READY", "FAILED")
 
 
+def test_a_refusal_is_a_failed_row_with_one_line_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    from taskkit.courier import projection
+    from taskkit.outbox import submit
+
+    handle = submit("proj.echo")
+    with caplog.at_level("WARNING", "bulkhead.courier"):
+        projection.settle("default", [Submitted(id=handle.id, code="invalid-arguments", error="pool:\nnone")])
+    run = handle.run()
+    assert (run.status, run.is_finished) == ("FAILED", True)
+    assert run.error == {"code": "invalid-arguments", "message": "pool:\nnone"}
+    (line,) = caplog.messages
+    assert line == f"run {handle.id} of proj.echo in 'default' was refused (invalid-arguments): pool: none"
+
+
 def test_a_refusal_does_not_overwrite_what_the_gateway_said_since() -> None:
     from taskkit.courier import projection
     from taskkit.outbox import submit

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from taskkit.errors import LocalWireError, RemoteWireError, UnexpectedMessage
 from taskkit.wire import codec, messages
 from taskkit.wire.framing import Frame, read_frames
-from taskkit.wire.messages import FRAME_KINDS, Event, Finished, Hello, Message, Start, Started
+from taskkit.wire.messages import FRAME_KINDS, Event, Finished, Hello, Message, Start, Started, Submit
 
 MESSAGES = sorted(Message.__subclasses__(), key=lambda cls: cls.__name__)
 UNIONS = {
@@ -137,9 +137,9 @@ def test_a_frame_above_the_limit_is_ours_to_avoid() -> None:
         codec.pack_runner_frame(message, 1, limit=1024)
 
 
-def start(value: Any) -> Start:
+def start(value: Any) -> Submit:
     """Return a message with `value` in it."""
-    return Start(run="r", attempt=1, token="t", task="a.b", args=[value])
+    return Submit(id="r", task="a.b", args=[value])
 
 
 def nested(depth: int) -> Any:
@@ -152,24 +152,24 @@ def nested(depth: int) -> Any:
 
 @pytest.mark.parametrize("value", [2**63, 2**64 - 1, -(2**63)])
 def test_integers_of_64_bits_pass(value: int) -> None:
-    assert codec.unpack(codec.pack(start(value)), Start).args == [value]
+    assert codec.unpack(codec.pack(start(value)), Submit).args == [value]
 
 
 @pytest.mark.parametrize("value", [2**64, -(2**63) - 1, 10**30])
 def test_integers_beyond_64_bits_are_ours_to_avoid(value: int) -> None:
-    with pytest.raises(LocalWireError, match="Start"):
+    with pytest.raises(LocalWireError, match="Submit"):
         codec.pack(start(value))
 
 
 @pytest.mark.parametrize("value", [object(), len, "\ud800", {"x": object()}], ids=repr)
 def test_what_is_no_plain_data_is_ours_to_avoid(value: Any) -> None:
-    with pytest.raises(LocalWireError, match="Start"):
+    with pytest.raises(LocalWireError, match="Submit"):
         codec.pack(start(value))
 
 
 @pytest.mark.parametrize("depth", [2000, 100_000])
 def test_too_deep_data_is_ours_to_avoid(depth: int) -> None:
-    with pytest.raises(LocalWireError, match="Start"):
+    with pytest.raises(LocalWireError, match="Submit"):
         codec.pack(start(nested(depth)))
 
 

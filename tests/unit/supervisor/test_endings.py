@@ -1,0 +1,145 @@
+"""Runners are ended at deadlines and on orders; the first reason is the one that is told."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractContextManager
+
+import psutil
+import pytest
+import trio
+import trio.testing
+
+from supervisor.endings import Endings
+from supervisor.runners import Runner
+from taskkit.wire.messages import Cause, Deadline
+from tests import helpers
+from tests.unit.supervisor.conftest import LEAVES, STUBBORN, WAITS, Family
+
+Limit = Callable[[float], AbstractContextManager[trio.CancelScope]]
+
+
+@pytest.fixture
+async def endings(family: Family) -> AsyncIterator[Endings]:
+    """Give endings that run; no gateway has come up yet."""
+    async with trio.open_nursery() as nursery:
+        endings = Endings(family.runners, nursery)
+        nursery.start_soon(endings.run)
+        yield endings
+        nursery.cancel_scope.cancel()
+
+
+def cause(runner: Runner) -> Cause:
+    assert runner.exited is not None
+    assert runner.exited.runner == runner.spec.id
+    return runner.exited.cause
+
+
+def order(runner: Runner, after: float, *, kind: str = "timeout", grace: float = 5.0) -> Deadline:
+    return Deadline(runner=runner.spec.id, token="t", kind=kind, after=after, grace=grace)
+
+
+async def test_without_a_grace_it_is_killed(family: Family, endings: Endings) -> None:
+    runner = await family.bear(STUBBORN)
+    endings.end(runner.spec.id, "operator", 0.0, "by hand")
+    told = cause(await family.wait_dead(runner))
+    assert (told.kind, told.signal, told.detail) == ("operator", "SIGKILL", "by hand")
+
+
+async def test_with_a_grace_it_may_leave_of_term(family: Family, endings: Endings) -> None:
+    runner = await family.bear(WAITS)
+    endings.end(runner.spec.id, "stopped", 8.0)
+    told = cause(await family.wait_dead(runner))
+    assert (told.kind, told.signal) == ("stopped", "SIGTERM")
+
+
+@pytest.mark.parametrize("obstacle", ["ignores", "stopped"])
+async def test_after_the_grace_it_is_killed(family: Family, endings: Endings, obstacle: str) -> None:
+    runner = await family.bear(STUBBORN if obstacle == "ignores" else WAITS)
+    if obstacle == "stopped":
+        os.kill(runner.child.pid, signal.SIGSTOP)
+        helpers.eventually(lambda: psutil.Process(runner.child.pid).status() == psutil.STATUS_STOPPED)
+    began = trio.current_time()
+    endings.end(runner.spec.id, "cancelled", 0.3)
+    told = cause(await family.wait_dead(runner))
+    assert (told.kind, told.signal) == ("cancelled", "SIGKILL")
+    assert trio.current_time() - began >= 0.3
+
+
+async def test_the_first_reason_stands_and_the_second_may_hurry(family: Family, endings: Endings) -> None:
+    runner = await family.bear(STUBBORN)
+    endings.end(runner.spec.id, "timeout", 60.0)
+    await trio.testing.wait_all_tasks_blocked()
+    endings.end(runner.spec.id, "operator", 0.0, "in a hurry")
+    told = cause(await family.wait_dead(runner))
+    assert (told.kind, told.signal) == ("timeout", "SIGKILL")
+    assert "hurry" not in told.detail
+
+
+async def test_the_dead_and_the_unknown_cannot_be_ended(family: Family, endings: Endings) -> None:
+    runner = await family.bear(LEAVES)
+    await family.wait_dead(runner)
+    for id in (runner.spec.id, "nobody"):
+        endings.end(id, "operator", 0.0)
+    assert runner.ordered == ""
+    assert (cause(runner).kind, cause(runner).exit_code) == ("exit", 5)
+
+
+async def test_a_deadline_ends_its_runner(family: Family, endings: Endings) -> None:
+    victim, other = await family.bear(WAITS), await family.bear(WAITS)
+    endings.resume()
+    endings.arm(order(victim, 0.05))
+    endings.arm(order(other, 60))
+    assert cause(await family.wait_dead(victim)).kind == "timeout"
+    assert other.exited is None
+
+
+async def test_no_deadline_passes_before_a_gateway_is_up(family: Family, endings: Endings) -> None:
+    runner = await family.bear(WAITS)
+    endings.arm(order(runner, 0.0))
+    await trio.testing.wait_all_tasks_blocked(0.05)
+    assert runner.ordered == ""
+    endings.resume()
+    assert cause(await family.wait_dead(runner)).kind == "timeout"
+
+
+async def test_a_pause_stops_a_deadline_that_is_being_waited_for(family: Family, endings: Endings) -> None:
+    runner = await family.bear(WAITS)
+    endings.resume()
+    endings.arm(order(runner, 0.1))
+    await trio.testing.wait_all_tasks_blocked()
+    endings.pause()
+    await trio.sleep(0.3)
+    assert runner.ordered == ""
+    endings.resume()
+    assert cause(await family.wait_dead(runner)).kind == "timeout"
+
+
+async def test_an_attempt_that_ended_in_time_is_forgotten(family: Family, endings: Endings) -> None:
+    early, late = await family.bear(WAITS), await family.bear(WAITS)
+    endings.arm(order(early, 0.01))
+    endings.arm(order(late, 0.02))
+    endings.disarm(early.spec.id, "t")
+    endings.resume()
+    await family.wait_dead(late)  # its deadline was the later one
+    assert early.ordered == ""
+
+
+async def test_deadlines_of_nobody_are_ignored(family: Family, endings: Endings) -> None:
+    dead = await family.bear(LEAVES)
+    await family.wait_dead(dead)
+    endings.resume()
+    endings.arm(order(dead, 0.0))
+    endings.arm(Deadline(runner="nobody", token="t", kind="timeout", after=0.0, grace=0.0))
+    await trio.testing.wait_all_tasks_blocked()
+    assert dead.ordered == ""
+
+
+async def test_the_cause_is_the_kind_of_the_deadline(family: Family, endings: Endings) -> None:
+    runner = await family.bear(STUBBORN)
+    endings.resume()
+    endings.arm(order(runner, 0.0, kind="cancelled", grace=0.0))
+    told = cause(await family.wait_dead(runner))
+    assert (told.kind, told.signal) == ("cancelled", "SIGKILL")
