@@ -30,6 +30,9 @@ MAX_PROGRESS_MESSAGE = 200
 #: Seconds before the next attempt when the task allows several and has no `backoff`: 2, 4, 8 … at most this.
 _MAX_DEFAULT_BACKOFF = 300.0
 
+#: Longest wait that a task's own `backoff` may ask for: a year. Beyond it are NaN, infinity and other mistakes.
+_MAX_BACKOFF = 365 * 86_400.0
+
 
 class Attempt:
     """One attempt of a run; implements `taskkit.current.Speaker`.
@@ -175,10 +178,11 @@ class Attempt:
             return self.raised(TypeError(f"the result of {self.task} cannot be stored: {error}"))
         if len(rendered) > self._spec.result_limit:
             limit = self._spec.result_limit
-            return self.raised(
+            return conclude(
+                self,
                 ValueError(
                     f"a result may have {limit} bytes of JSON (LIMITS.result_bytes), not {len(rendered)}"
-                )
+                ),
             )
         return Finished(token=self.token, ending="returned", result=rendered)
 

@@ -130,17 +130,15 @@ class Emitter:
         self.send(message)
 
     def defer(self, action: Callable[[], None]) -> bool:
-        """Have `action` called when the call under way ends; return False when there is none.
+        """Have `action` called when this thread's call under way ends; return False when there is none.
 
         For a signal handler that wants to raise: the call's frame is then told wholly, with nothing left to flush.
+        A call of another thread is no reason to wait.
         """
-        if not self._lock.locked():
+        if self._owner != threading.get_ident():
             return False
         self._after = action
-        if self._lock.locked():
-            return True
-        self._after = None  # another thread's call ended in between and may not have seen the action
-        return False
+        return True
 
     def _alone(self, write: Callable[[_Sent], None], message: _Sent) -> None:
         """Call `write(message)` under the lock.
@@ -155,6 +153,7 @@ class Emitter:
         me = threading.get_ident()
         if self._owner == me:
             raise RuntimeError("emit() was called from a signal handler in the middle of another emit()")
+        action = None
         try:
             with self._lock:
                 self._owner = me
@@ -162,8 +161,8 @@ class Emitter:
                     write(message)
                 finally:
                     self._owner = 0
+                    action, self._after = self._after, None
         finally:
-            action, self._after = self._after, None
             if action is not None:
                 action()
 

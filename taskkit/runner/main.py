@@ -109,9 +109,11 @@ class Runner:
         async with anyio.create_task_group() as group:
             while self._done < self._spec.runs and not self._leaving:
                 order = self._orders.next_nowait()
+                self._cancel_told(
+                    scopes
+                )  # before waiting: the cancellation may have come with the order before
                 if order is None:
                     await self._orders.wait()
-                    self._cancel_told(scopes)
                 elif isinstance(order, Start):
                     self._done += 1
                     self._start_shared(group, order, scopes)

@@ -112,6 +112,7 @@ def name_process(title: str, comm: str) -> None:
 
 def report_faults(fd: int) -> None:
     """Have Python write its stack to `fd` at a fatal signal. The supervisor reads it after death."""
+    faulthandler.disable()  # enabled by the project or PYTHONFAULTHANDLER, it would not take the signals again
     faulthandler.enable(file=fd, all_threads=True)
 
 

@@ -82,6 +82,17 @@ class TestTokens:
         else:
             self.refused(asked, "missing", authenticator("https://app.example"))
 
+    def test_a_cookie_that_does_not_count_is_told_the_remedy(self) -> None:
+        def asked(method: str) -> Request:
+            return request(
+                method, ("Cookie", f"{COOKIE}={TOKEN}"), ("Host", "h"), ("Origin", "https://app.example")
+            )
+
+        with pytest.raises(TokenError, match="is not in CORS_ORIGINS"):
+            authenticator().claims(asked("GET"))
+        with pytest.raises(TokenError, match="GET and HEAD only"):
+            authenticator().claims(asked("POST"))
+
     def test_require_tells_401_from_403(self) -> None:
         asked = request("POST", ("Authorization", f"Bearer {TOKEN}"))
         assert authenticator().require(asked, "read").may("read")

@@ -43,6 +43,19 @@ def test_the_catalogue_knows_names_and_paths() -> None:
         CATALOGUE.find("demo.Count")
 
 
+def test_an_unknown_task_is_told_with_the_closest_name() -> None:
+    with pytest.raises(UnknownTask, match=r"did you mean demo\.count\? GET /api/v1/tasks"):
+        CATALOGUE.find("demo.coutn")
+    with pytest.raises(UnknownTask, match="'zzz'; GET /api/v1/tasks lists them"):
+        CATALOGUE.find("zzz")
+
+
+def test_the_detail_says_what_is_wrong_with_what() -> None:
+    with pytest.raises(InvalidArguments, match=r"^demo\.count: m: .+") as caught:
+        parse({"task": "demo.count", "kwargs": {"n": 1, "m": 2}})
+    assert list(caught.value.errors) == ["m"]
+
+
 def test_defaults_come_from_the_task_and_its_pool() -> None:
     made = parse({"task": "demo.count", "args": [3]})
     assert (made.args, made.kwargs, made.row) == (b"[3]", b"{}", None)

@@ -315,7 +315,7 @@ def test_tasks_are_listed_with_what_one_types(
     monkeypatch.setattr(runs, "connected", lambda *_: Listing())
     assert main.main(["tasks"]) == exits.OK
     lines = capsys.readouterr().out.splitlines()
-    assert lines[1].split("  ") == ["a.b", "how n=10 [path]", "Do it."]
+    assert lines[1].split() == ["a.b", "how", "n=10", "[path]", "Do", "it."]
     assert main.main(["tasks", "--json"]) == exits.OK
     assert len(json.loads(capsys.readouterr().out)["tasks"]) == 2
 
