@@ -57,12 +57,12 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Start]:
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     made: list[Child] = []
 
-    async def start(source: str, *, session: bool = False, group: bool = False) -> Child:
+    async def start(source: str, *, session: bool = False) -> Child:
         module = f"program_{len(made)}"
         (tmp_path / f"{module}.py").write_text(_PREAMBLE + textwrap.dedent(source))
         reader, writer = os.pipe()
         try:
-            child = spawn(module, module, [str(writer)], [writer], session=session, group=group)
+            child = spawn(module, module, [str(writer)], [writer], session=session)
             made.append(child)
             os.close(writer)
             with trio.fail_after(20):

@@ -14,7 +14,8 @@ import pytest
 import trio
 import trio.testing
 
-from supervisor.child import Child, Exit, spawn
+from supervisor.child import Child, Exit, spawn, tree_mark
+from taskkit import linux
 from taskkit.lifecycle import ProcessState
 from tests import helpers
 from tests.unit.supervisor.conftest import Start
@@ -201,20 +202,31 @@ async def grandchild_of(child: Child) -> psutil.Process:
     return found
 
 
-@pytest.mark.parametrize("option", ["group", "session"])
-async def test_what_its_group_left_behind_dies_with_it(start: Start, deadline: Deadline, option: str) -> None:
-    child = await start(
-        'subprocess.Popen(["sleep", "60"]); ready(); signal.pause()',
-        group=option == "group",
-        session=option == "session",
-    )
+async def test_what_its_group_left_behind_dies_with_it(start: Start, deadline: Deadline) -> None:
+    child = await start('subprocess.Popen(["sleep", "60"]); ready(); signal.pause()', session=True)
     grandchild = await grandchild_of(child)
     assert os.getpgid(grandchild.pid) == child.pid
-    assert (os.getsid(child.pid) == child.pid) == (option == "session")
+    assert os.getsid(child.pid) == child.pid
     child.send_signal(signal.SIGTERM)  # to the leader only
     with deadline(10):
         assert str(await child.wait()) == "SIGTERM"
     assert helpers.wait_until_gone([grandchild], 3) == []
+
+
+async def test_what_imports_user_code_is_marked_with_all_that_it_starts(
+    start: Start, deadline: Deadline
+) -> None:
+    source = 'subprocess.Popen(["sleep", "60"], start_new_session=True); ready(); signal.pause()'
+    marked, plain = await start(source, session=True), await start(source)
+    daemons = [await grandchild_of(marked), await grandchild_of(plain)]
+    found = linux.processes_of_tree(tree_mark())
+    assert {marked.pid, daemons[0].pid} <= found
+    assert not found & {plain.pid, daemons[1].pid}
+    for process in (*daemons, marked, plain):
+        os.kill(process.pid, signal.SIGKILL)
+    with deadline(10):
+        await marked.wait()
+        await plain.wait()
 
 
 async def test_a_child_without_a_group_takes_nobody_along(start: Start, deadline: Deadline) -> None:

@@ -15,6 +15,7 @@ import psutil
 import pytest
 
 from supervisor import state
+from supervisor.child import tree_mark
 from supervisor.state import StateDirectory
 from taskkit.errors import AlreadyRunning, SettingsError
 from tests import helpers
@@ -23,6 +24,7 @@ pytestmark = pytest.mark.usefixtures("leaves_nothing")
 
 HOLDER = """
 import pathlib, signal, sys
+from supervisor.child import tree_mark
 from supervisor.state import StateDirectory
 StateDirectory(pathlib.Path(sys.argv[1])).acquire()
 print("held", flush=True)
@@ -47,7 +49,9 @@ def test_the_lock_file_names_its_holder(tmp_path: Path) -> None:
     directory = StateDirectory(tmp_path)
     directory.acquire()
     record = json.loads((tmp_path / state.LOCK).read_text())
-    assert record == {"pid": os.getpid(), "started": psutil.Process().create_time()}
+    assert record["pid"] == os.getpid()
+    assert record["started"] == psutil.Process().create_time()
+    assert record["mark"] == tree_mark()
     directory.release()
     assert (tmp_path / state.LOCK).read_text() == ""
 

@@ -266,7 +266,8 @@ async def test_a_project_that_cannot_be_imported_says_why_in_full(tmp_path: Path
 
 async def test_a_settings_module_that_does_not_exist_is_named(tmp_path: Path) -> None:
     words = await fails(Config(settings_module="no.such.settings", path=(str(helpers.ROOT),)))
-    assert "no.such.settings: ModuleNotFoundError: No module named 'no'" in words
+    assert "no.such.settings" in words
+    assert "No module named 'no'" in words
 
 
 async def test_a_wrong_setting_is_named_with_its_value(tmp_path: Path) -> None:

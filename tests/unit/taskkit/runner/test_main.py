@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import anyio
+import anyio.lowlevel
 import pytest
 
 from taskkit import RunCancelled, current_run, emit, progress
@@ -71,7 +72,7 @@ def test_a_generators_yields_are_events(tasks: dict[str, TaskDefinition], name: 
 def test_a_generators_return_is_the_result() -> None:
     def stepwise() -> Iterator[int]:
         yield 1
-        return "done"  # noqa: B901 - the language allows it, and users do it
+        return "done"
 
     with living(named([definition(stepwise)])) as life:
         life.start("t.stepwise")
@@ -82,7 +83,7 @@ def test_a_generators_return_is_the_result() -> None:
 @pytest.mark.parametrize("loop", ["asyncio", "trio"])
 def test_a_coroutine_runs_in_the_loop_it_asks_for(loop: str) -> None:
     async def which() -> str:
-        await anyio.sleep(0)
+        await anyio.lowlevel.checkpoint()
         import sniffio
 
         emit("hello")
@@ -623,7 +624,7 @@ def test_a_shared_pool_keeps_attempts_apart(loop: str) -> None:
         for n in range(20):
             print(f"{name} {n}")
             progress(n, 20, name)
-            await anyio.sleep(0)
+            await anyio.lowlevel.checkpoint()
         return current_run().id
 
     with living(named([definition(speak)]), concurrency=3, runs=3, loop=loop) as life:
