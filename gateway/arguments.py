@@ -136,7 +136,7 @@ def _sentence(error: jsonschema.ValidationError) -> str:
     if error.validator == "format":
         return f"must be text in the format {error.validator_value}, not {_shown(error.instance)}"
     if error.validator == "enum":
-        return f"must be one of {_shown(error.validator_value)}, not {_shown(error.instance)}"
+        return f"must be one of {_shown(error.validator_value, 300)}, not {_shown(error.instance)}"
     return error.message[:300]
 
 
@@ -156,6 +156,6 @@ def _kind(value: object) -> str:
     return "a list" if isinstance(value, list) else "an object"
 
 
-def _shown(value: object) -> str:
+def _shown(value: object, limit: int = 80) -> str:
     text = msgspec.json.encode(value).decode()
-    return text if len(text) <= 80 else f"{text[:80]}…"
+    return text if len(text) <= limit else f"{text[:limit]}…"

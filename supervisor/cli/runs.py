@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import shlex
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated, Any
@@ -29,7 +30,15 @@ def submit_pairs(client: Client, task: str, arguments: dict[str, Any], **options
     except GatewayError as error:
         if not _is_problem(error, "unknown-task"):
             raise
-        words = str(error).replace("GET /api/v1/tasks lists them", "`bulkhead tasks` lists them")
+        close = difflib.get_close_matches(
+            task, [str(known["name"]) for known in client.tasks()["tasks"]], n=1
+        )
+        hint = (
+            f"did you mean {close[0]}? `bulkhead tasks` lists them"
+            if close
+            else "`bulkhead tasks` lists them"
+        )
+        words = str(error).replace("GET /api/v1/tasks lists them", hint)
         raise GatewayError(words, error.problem) from None
     if model:
         return client.submit(task, fields=arguments, **options)

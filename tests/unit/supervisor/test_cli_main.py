@@ -285,14 +285,19 @@ class Refusing:
 
     task = cancel = refuse
 
+    def tasks(self) -> dict[str, Any]:
+        return {"tasks": [{"name": "demo.count"}, {"name": "demo.burn"}]}
+
     def status(self, run: str) -> dict[str, Any]:
         return {"status": "FAILED"}
 
 
 def test_an_unknown_task_leads_to_the_list_of_tasks() -> None:
     client: Any = Refusing("unknown-task", "there is no task 'x'; GET /api/v1/tasks lists them")
-    with pytest.raises(GatewayError, match="`bulkhead tasks` lists them"):
+    with pytest.raises(GatewayError, match="'x'; `bulkhead tasks` lists them"):
         runs.submit_pairs(client, "x", {})
+    with pytest.raises(GatewayError, match=r"did you mean demo\.count\? `bulkhead tasks` lists them"):
+        runs.submit_pairs(client, "demo.coutn", {})
 
 
 def test_cancelling_a_run_that_has_ended_says_so(

@@ -1,0 +1,236 @@
+"""What arrives on the orders socket, with and without an event loop, and how it interrupts a task."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import signal
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import trio
+
+from taskkit import linux, seqpacket
+from taskkit.errors import RunCancelled
+from taskkit.runner.emitter import Emitter
+from taskkit.runner.orders import Orders
+from taskkit.wire.codec import pack
+from taskkit.wire.framing import read_frames
+from taskkit.wire.messages import Cancel, Create, Order, Retire, Start, Started
+
+
+class Desk:
+    """Both ends of an orders socket."""
+
+    def __init__(self) -> None:
+        self.near, far = linux.seqpacket_pair()
+        self.far = far
+        self.orders = Orders(far)
+
+    def give(self, *orders: Order) -> None:
+        for order in orders:
+            seqpacket.send(self.near, pack(order))
+
+
+@pytest.fixture
+def desk() -> Iterator[Desk]:
+    before = signal.getsignal(signal.SIGIO)
+    made = Desk()
+    yield made
+    made.near.close()
+    made.far.close()
+    signal.signal(signal.SIGIO, before)
+
+
+@pytest.fixture
+def emitter(tmp_path: Path) -> Iterator[Emitter]:
+    read, write = os.pipe()
+    directory = os.open(tmp_path, os.O_RDONLY)
+    yield Emitter(write, 65536, directory)
+    for fd in (read, write, directory):
+        os.close(fd)
+
+
+def _start(token: str) -> Start:
+    return Start(run="r", attempt=1, token=token, task="t.f")
+
+
+def test_orders_come_in_their_order(desk: Desk) -> None:
+    create = Create(ask="a", task="t", fields={})
+    desk.give(_start("one"), create, _start("two"))
+    assert [desk.orders.next() for _ in range(3)] == [_start("one"), create, _start("two")]
+    assert desk.orders.next_nowait() is None
+
+
+def test_a_start_counts_once_however_often_it_comes(desk: Desk) -> None:
+    desk.give(_start("one"), _start("one"))
+    assert desk.orders.next() == _start("one")
+    desk.give(_start("one"), _start("two"))
+    assert desk.orders.next() == _start("two")
+    assert desk.orders.next_nowait() is None
+
+
+def test_a_cancellation_is_remembered_whenever_it_comes(desk: Desk) -> None:
+    desk.give(Cancel(token="one"), _start("one"))
+    assert not desk.orders.is_cancelled("one"), "nothing has been received yet"
+    desk.orders.next()
+    assert desk.orders.is_cancelled("one")
+    assert not desk.orders.is_cancelled("two")
+
+
+def test_what_came_before_retire_is_done_before_leaving(desk: Desk) -> None:
+    desk.give(_start("one"), Retire())
+    assert desk.orders.next() == _start("one")
+    assert desk.orders.next() is None
+    assert desk.orders.retired
+
+
+def test_nobody_left_to_give_orders_is_the_end(desk: Desk) -> None:
+    desk.give(_start("one"))
+    desk.near.close()
+    assert desk.orders.next() == _start("one")
+    assert desk.orders.next() is None
+    assert desk.orders.closed
+
+
+@pytest.mark.parametrize("packet", [b"\x02what", b"\x01no memfd", b"x" * 70_000])
+def test_a_packet_that_is_no_message_closes_the_socket(desk: Desk, packet: bytes) -> None:
+    desk.near.send(packet)
+    assert desk.orders.next() is None
+    assert desk.orders.closed
+
+
+@pytest.mark.parametrize("payload", [b"", b"\xc1", b"\x80", b"\x81\xa7message\xa5Later"])
+def test_a_message_that_is_not_for_us_is_passed_over(desk: Desk, payload: bytes) -> None:
+    seqpacket.send(desk.near, payload)
+    desk.give(_start("one"))
+    assert desk.orders.next() == _start("one")
+
+
+def test_descriptors_that_come_along_are_closed(desk: Desk) -> None:
+    read, write = os.pipe()
+    seqpacket.send(desk.near, pack(_start("one")), (write,))
+    os.close(write)
+    assert desk.orders.next() == _start("one")
+    assert os.read(read, 1) == b"", "no other write end is left"
+    os.close(read)
+
+
+def test_waiting_blocks_until_something_comes(desk: Desk) -> None:
+    timer = threading.Timer(0.05, desk.give, [_start("one")])
+    timer.start()
+    assert desk.orders.next() == _start("one")
+    timer.join()
+
+
+async def test_waiting_in_a_loop_ends_when_something_comes(desk: Desk) -> None:
+    with trio.fail_after(10):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(desk.orders.wait)
+            await trio.testing.wait_all_tasks_blocked()
+            desk.give(Cancel(token="one"))
+    assert desk.orders.is_cancelled("one")
+
+
+def test_a_cancellation_interrupts_a_blocking_call(desk: Desk, emitter: Emitter) -> None:
+    timer = threading.Timer(0.05, desk.give, [Cancel(token="one")])
+    started = time.monotonic()
+    with pytest.raises(RunCancelled), desk.orders.interrupting("one", emitter):
+        timer.start()
+        time.sleep(30)
+    assert time.monotonic() - started < 20
+    timer.join()
+
+
+def test_a_cancellation_that_is_there_already_interrupts_at_once(desk: Desk, emitter: Emitter) -> None:
+    desk.give(Cancel(token="one"))
+    with pytest.raises(RunCancelled), desk.orders.interrupting("one", emitter):
+        time.sleep(30)
+
+
+def test_other_orders_do_not_interrupt(desk: Desk, emitter: Emitter) -> None:
+    with desk.orders.interrupting("one", emitter):
+        desk.give(_start("two"), Cancel(token="two"), Retire())
+        time.sleep(0.01)
+    assert desk.orders.next() == _start("two")
+    assert desk.orders.is_cancelled("two")
+    assert desk.orders.retired
+
+
+def test_a_cancellation_interrupts_once(desk: Desk, emitter: Emitter) -> None:
+    with desk.orders.interrupting("one", emitter):
+        try:
+            desk.give(Cancel(token="one"))
+            time.sleep(30)
+        except RunCancelled:
+            desk.give(Cancel(token="one"), Cancel(token="one"))
+            time.sleep(0.01)
+    assert signal.getsignal(signal.SIGIO) is signal.SIG_IGN
+
+
+def test_afterwards_nothing_interrupts(desk: Desk, emitter: Emitter) -> None:
+    with desk.orders.interrupting("one", emitter):
+        pass
+    desk.give(Cancel(token="one"))
+    time.sleep(0.01)
+    assert desk.orders.next_nowait() is None
+
+
+def test_frames_stay_whole_when_cancellations_arrive_in_the_middle(
+    tmp_path: Path, rng: random.Random
+) -> None:
+    """Real SIGIO from the kernel, a reader that lets the pipe fill, a thousand attempts."""
+    read, write = os.pipe()
+    size = linux.set_pipe_size(write, 65536)
+    directory = os.open(tmp_path, os.O_RDONLY)
+    emitter = Emitter(write, size, directory)
+    data = bytearray()
+
+    def drain() -> None:
+        while part := os.read(read, 30_000):
+            data.extend(part)
+
+    reader = threading.Thread(target=drain)
+    reader.start()
+    before = signal.getsignal(signal.SIGIO)
+    interrupted = 0
+    near, far = linux.seqpacket_pair()
+    with near, far:
+        orders = Orders(far)
+        for number in range(1_000):
+            token = f"t{number}"
+            canceller = threading.Timer(
+                rng.random() / 3000, seqpacket.send, (near, pack(Cancel(token=token)))
+            )
+            with contextlib.suppress(RunCancelled), orders.interrupting(token, emitter):
+                canceller.start()
+                while True:
+                    try:
+                        emitter.send(Started(token="x" * rng.choice((10, 3_000, 9_000))))
+                    except RunCancelled:
+                        interrupted += 1
+                        emitter.send(Started(token="cleaning up"))
+                        raise
+            canceller.join()
+    os.close(write)
+    reader.join(20)
+    signal.signal(signal.SIGIO, before)
+    frames = list(read_frames(bytes(data), 65536 // 4))
+    assert sum(frame.size for frame in frames) == len(data)
+    assert [frame.seq for frame in frames] == list(range(1, len(frames) + 1))
+    assert sum(b"cleaning up" in frame.body for frame in frames) == interrupted
+    assert interrupted > 300
+    os.close(read)
+    os.close(directory)
+
+
+def test_the_socket_is_made_not_to_block() -> None:
+    near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with near, far:
+        Orders(far)
+        assert not far.getblocking()
