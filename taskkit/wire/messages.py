@@ -279,7 +279,8 @@ class ZygoteReady(Message, frozen=True):
 
 
 class ZygoteFailed(Message, frozen=True):
-    """The project could not be imported, or does not survive a fork; `detail` is the whole traceback."""
+    """The project could not be imported, or does not survive a fork; `detail` is the traceback from the
+    project's own first frame on, or empty where `reason` says everything."""
 
     reason: str
     detail: str

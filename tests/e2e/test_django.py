@@ -181,11 +181,22 @@ def test_many_processes_submit_at_once_and_each_runs_once(tree: Tree) -> None:
         assert (row["status"], row["attempt"]) == ("SUCCESSFUL", 1)
 
 
-def test_a_submission_that_names_no_task_is_refused_where_people_see_it(tree: Tree) -> None:
-    run = django(tree, "answer(outbox.submit('proj.nonsense').id)")
+def test_a_submission_that_names_no_task_is_refused_at_the_call(tree: Tree) -> None:
+    script = """
+from taskkit.errors import UnknownTask
+try:
+    outbox.submit("proj.nonsense")
+except UnknownTask as error:
+    answer(str(error))
+"""
+    assert "proj.nonsense" in django(tree, script)
+
+
+def test_a_submission_that_the_gateway_refuses_is_seen_in_django(tree: Tree) -> None:
+    run = django(tree, "answer(outbox.submit('proj.echo', kwargs={'value': 1}, pool='nowhere').id)")
     row = projection(tree, run)
     assert row["status"] == "FAILED"
-    assert "proj.nonsense" in row["error"]
+    assert "nowhere" in row["error"]
 
 
 def test_a_run_that_raises_has_its_error_in_django(tree: Tree) -> None:

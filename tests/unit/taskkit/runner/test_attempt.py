@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import anyio
+import anyio.lowlevel
 import pytest
 import trio
 
@@ -48,7 +49,15 @@ def _attempt(
     from taskkit.runner.attempt import Attempt
     from tests.unit.taskkit.runner.life import definition
 
-    start = Start(run="r1", attempt=2, token="tok", task="t.f", args=list(args), row=row, metadata={"m": 1})
+    start = Start(
+        run="r1",
+        attempt=2,
+        token="tok",
+        task="t.f",
+        args=json.dumps(args).encode(),
+        row=row,
+        metadata=b'{"m":1}',
+    )
     return Attempt(start, definition(func), ears, RunnerSpec(id="u", **spec))  # type: ignore[arg-type]
 
 
@@ -153,11 +162,11 @@ def test_a_task_that_gives_in_is_cancelled_and_one_that_raises_then_has_failed(e
 
 async def test_a_coroutine_returns_and_raises(ears: Ears) -> None:
     async def returns() -> int:
-        await anyio.sleep(0)
+        await anyio.lowlevel.checkpoint()
         return 5
 
     async def raises() -> None:
-        await anyio.sleep(0)
+        await anyio.lowlevel.checkpoint()
         raise ValueError("no")
 
     assert (await _perform_async(returns, ears)).result == b"5"

@@ -138,10 +138,10 @@ async def test_waiting_in_a_loop_ends_when_something_comes(desk: Desk) -> None:
 
 
 def test_a_cancellation_interrupts_a_blocking_call(desk: Desk, emitter: Emitter) -> None:
-    timer = threading.Timer(0.05, desk.give, [Cancel(token="one")])
+    timer = threading.Timer(0.2, desk.give, [Cancel(token="one")])
     started = time.monotonic()
+    timer.start()
     with pytest.raises(RunCancelled), desk.orders.interrupting("one", emitter):
-        timer.start()
         time.sleep(30)
     assert time.monotonic() - started < 20
     timer.join()
