@@ -50,6 +50,11 @@ from taskkit.wire.session import AttemptState, Judgement, RunnerSession
 _START_SECONDS: Final = 10.0
 
 
+#: Ended runs that are remembered. A submission waits a few milliseconds for its look into the store; 1,000 runs end
+#: in 100 ms at the very most.
+_REMEMBERED: Final = 1_000
+
+
 class Book:
     """The gateway's memory."""
 
@@ -70,6 +75,7 @@ class Book:
         self._by_id: dict[str, int] = {}
         self._by_key: dict[str, int] = {}
         self._keys: OrderedDict[tuple[str, str], KeyRow] = OrderedDict()
+        self._ended: OrderedDict[str, None] = OrderedDict()
         self._load(opened, set(adopting), now)
 
     def _load(self, opened: Opened, adopting: set[str], now: float) -> None:
@@ -104,6 +110,9 @@ class Book:
         if run.row_key is not None and self._by_key.get(run.row_key) == run.no:
             del self._by_key[run.row_key]
         self.queues.remove(run.no)
+        self._ended[run.id] = None
+        while len(self._ended) > _REMEMBERED:
+            self._ended.popitem(last=False)
 
     # --- submissions ---------------------------------------------------------------------------------------
 
@@ -111,6 +120,10 @@ class Book:
         """Return an open run by its public id."""
         no = self._by_id.get(id)
         return None if no is None else self.runs[no]
+
+    def has_ended(self, id: str) -> bool:
+        """Whether this run has ended a moment ago: a submission that asked the store before may not know it."""
+        return id in self._ended
 
     def find_row(self, row_key: str) -> RunRow | None:
         """Return the open run of a task row."""

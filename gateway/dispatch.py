@@ -35,7 +35,9 @@ class Queues:
         return depths
 
     def add(self, run: RunRow, now: float) -> None:
-        """A run waits."""
+        """A run waits. Said again of one that waits already, it changes nothing."""
+        if run.no in self._waiting:  # a second entry would outlive the first and give it out before its time
+            return
         self._waiting[run.no] = run
         if run.run_after is not None and run.run_after > now:
             heapq.heappush(self._later, (run.run_after, run.no))

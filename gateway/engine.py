@@ -172,6 +172,8 @@ class Engine:
                 return known, True
             self._check_store()
             run, replayed = await self.decide(functools.partial(self._accept, submission))
+            if run is None:  # it was made and has ended since `_known` looked
+                run = await self._known(submission)
         except (StoreError, NotWritable) as error:
             raise NotWritable(
                 f"the outcome is unknown, send it again with this id: {error}",
@@ -199,14 +201,20 @@ class Engine:
                 id = key.run
         return self.book.find(id) or await self.store.run(id)
 
-    def _accept(self, submission: Submission) -> tuple[RunRow, bool]:
-        """Decide on a submission, in a round: look once more, as another may have come in between."""
+    def _accept(self, submission: Submission) -> tuple[RunRow | None, bool]:
+        """Decide on a submission, in a round: look once more, as another may have come in between.
+
+        None is a run that has come and gone in between: it is in the store.
+        """
         key = None
         if submission.key is not None:
             key = self.book.find_key(submission.subject, submission.key)
             if key is not None and key.digest != submission.digest:
                 raise IdempotencyConflict("this Idempotency-Key was used with another body; use a new key")
-        known = self.book.find(submission.id if key is None else key.run)
+        id = submission.id if key is None else key.run
+        if self.book.has_ended(id):
+            return None, True
+        known = self.book.find(id)
         if known is None and submission.row is not None:
             known = self.book.find_row(submission.row.key)
         if known is not None:

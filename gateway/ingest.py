@@ -76,17 +76,22 @@ class RunnerPipes:
         self._orders.setblocking(False)
         self._limit = max_frame(spec.pipe_size)
         self._unsynced = adopted
-        self._buffer = bytearray(PEEK_SIZE)
+        # An adopted pipe may begin with the rest of one frame, and the whole next one has to come into sight.
+        self._reach = 2 * PEEK_SIZE if adopted else PEEK_SIZE
+        self._buffer = bytearray(self._reach)
         self.parser = OutputParser(lines_per_second)
 
     def peek(self, scratch: Scratch, stored_seq: int) -> tuple[list[Frame], int, RemoteWireError | None]:
         """Return (complete frames, bytes they take in the pipe, what breaks the protocol behind them)."""
-        data = scratch.copy(self.events, PEEK_SIZE)
+        data = scratch.copy(self.events, self._reach)
         skipped = 0
         if self._unsynced and data:
             position = find_resync(data, stored_seq, self._limit)
+            if position is None and len(data) < self._reach:
+                return [], 0, None  # the next frame has not come yet, or not wholly
             skipped = position or 0
             self._unsynced = False
+            self._reach = PEEK_SIZE
         frames: list[Frame] = []
         size = skipped
         try:

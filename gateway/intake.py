@@ -30,8 +30,9 @@ class Intake:
         self._changed = trio.Event()
 
     def created(self, answer: Created) -> None:
-        """A runner has answered."""
-        self._answers[answer.ask] = answer
+        """A runner has answered. An answer that nobody waits for any more is dropped: it would be kept for good."""
+        if answer.ask in self._busy.values():
+            self._answers[answer.ask] = answer
         self.look()
 
     def look(self) -> None:

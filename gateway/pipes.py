@@ -52,6 +52,11 @@ class Pipes:
         """Watch a runner's ends; takes ownership of the descriptors."""
         pipes = RunnerPipes(spec, fds, adopted=adopted, lines_per_second=self._lines_per_second)
         self._all[spec.id] = pipes
+        if (
+            adopted and spec.concurrency == 1
+        ):  # the marker that told whose plain lines are may have been read before
+            of_it = [a.row.token for a in self._book.attempts.values() if a.row.runner == spec.id]
+            pipes.parser.plain = next(iter(of_it), "")
         for fd in (pipes.events, pipes.output):
             self._by_fd[fd] = spec.id
             self._poller.watch(fd)
@@ -80,8 +85,8 @@ class Pipes:
 
     def _look_at(self, id: str, ready: set[int]) -> int:
         pipes, runner = self._all[id], self._book.runners[id]
-        if pipes.output in ready or runner.exited is not None:
-            self._look_at_output(pipes)
+        if (pipes.output in ready or runner.exited is not None) and not self._look_at_output(pipes):
+            self._poller.rest(pipes.output)  # its last writer has gone
         frames, size = self._take_in(pipes, runner)
         if runner.exited is not None:
             if frames:
@@ -120,13 +125,13 @@ class Pipes:
             return error
         return None
 
-    def _look_at_output(self, pipes: RunnerPipes) -> None:
+    def _look_at_output(self, pipes: RunnerPipes) -> bool:
+        """Take in what was printed; return whether there was any."""
         data = pipes.read_output()
-        if not data:
-            self._poller.rest(pipes.output)  # its last writer has gone
-            return
-        for token, lines in pipes.parser.receive(data, trio.current_time()).items():
-            self._book.output(token, lines, time.time())
+        if data:
+            for token, lines in pipes.parser.receive(data, trio.current_time()).items():
+                self._book.output(token, lines, time.time())
+        return bool(data)
 
     def _rest(self, pipes: RunnerPipes) -> None:
         before = self._resting.get(pipes.id)

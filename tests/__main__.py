@@ -56,6 +56,10 @@ class Outcome:
     seconds: float
 
 
+#: Seconds for one group. The longest takes 200 on two cores; a thread that does not end keeps pytest for ever.
+GROUP_SECONDS = 600.0
+
+
 def read_packages(text: str) -> list[Package]:
     """Return the packages listed in apt.txt.
 
@@ -110,11 +114,18 @@ def provide_packages(packages: Sequence[Package]) -> bool:
 
 
 def run(command: Sequence[str]) -> int:
-    """Run a command visibly; return its exit code. An interrupt reaches it, and is waited for."""
+    """Run a command visibly; return its exit code. An interrupt reaches it, and is waited for.
+
+    One that takes longer than GROUP_SECONDS hangs: it is killed, and has failed.
+    """
     print("$", " ".join(command), flush=True)
     with subprocess.Popen(command, cwd=ROOT) as process:
         try:
-            return process.wait()
+            return process.wait(GROUP_SECONDS)
+        except subprocess.TimeoutExpired:
+            print(f"not done within {GROUP_SECONDS:.0f} s; killed", file=sys.stderr, flush=True)
+            process.kill()
+            return process.wait() or 1
         except KeyboardInterrupt:
             process.wait(timeout=30)
             raise

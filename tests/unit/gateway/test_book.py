@@ -223,6 +223,10 @@ class BookMachine(RuleBasedStateMachine):
         for id, order in after.orders:
             if isinstance(order, Start):
                 row = self.store.attempts[order.token]
+                due = self.store.runs[row.run].run_after
+                assert due is None or due <= self.now or row.ending is not None, (
+                    "it is given out before its time"
+                )
                 assert row.runner == id
                 sim = self.runners[id]
                 # A repeated order may come after the end of its attempt: the runner knows the token.

@@ -95,6 +95,19 @@ def test_a_run_that_comes_back_is_given_out_once() -> None:
     assert _drain(queues, now=7.0) == [1]
 
 
+def test_a_run_that_is_added_twice_is_not_given_out_before_its_time() -> None:
+    """A gateway that finds a lost attempt puts its run back, and then counts all that wait."""
+    queues = Queues()
+    run = _run(1)
+    queues.add(run, 0.0)
+    queues.add(run, 0.0)
+    assert queues.take("default", 0.0) is run
+    run.run_after = 50.0
+    queues.add(run, 1.0)
+    assert queues.take("default", 2.0) is None
+    assert _drain(queues, now=50.0) == [1]
+
+
 def test_runs_that_left_do_not_pile_up_behind_one_that_waits() -> None:
     """Submitted and cancelled for hours while the pool is full: the memory of it must stay small."""
     queues = Queues()

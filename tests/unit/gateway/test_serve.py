@@ -119,7 +119,7 @@ class App:
         await send({"type": "http.response.start", "status": 200, "headers": []})
         assert not await asked.is_disconnected()
         await send({"type": "http.response.body", "body": b"there", "more_body": True})
-        while not await asked.is_disconnected():  # noqa: ASYNC110 (asking is what is tested)
+        while not await asked.is_disconnected():
             await trio.sleep(0.001)
         self.seen.append("gone")
 
@@ -266,7 +266,7 @@ async def ask(running: Running, data: bytes) -> bytes:
 async def eventually(condition: Callable[[], bool]) -> None:
     """Wait until `condition` holds, at most 5 s."""
     with trio.fail_after(5):
-        while not condition():  # noqa: ASYNC110 (tasks and descriptors have no event to wait for)
+        while not condition():
             await trio.sleep(0.005)
 
 

@@ -72,7 +72,7 @@ def gone(pid: int) -> bool:
 
 async def until(condition: Callable[[], bool]) -> None:
     """Wait for what only the kernel knows, and tells nobody."""
-    while not condition():  # noqa: ASYNC110 - there is no event to wait for
+    while not condition():
         await trio.sleep(0.01)
 
 

@@ -83,7 +83,8 @@ class Life:
         self._folder = tempfile.TemporaryDirectory(prefix="bh-blobs-")
         self.blobs = Path(self._folder.name)
         self._ends = open_ends()
-        self.spec = RunnerSpec(**{"id": "u-1", "pipe_size": self._ends.pipe_size} | spec)
+        values: dict[str, Any] = {"id": "u-1", "pipe_size": self._ends.pipe_size}
+        self.spec = RunnerSpec(**values | spec)
         self._tasks = tasks
         self._data = b""
         self._parser = OutputParser(1_000_000)
@@ -137,7 +138,7 @@ class Life:
     def start(self, task: str, *args: Any, token: str = "tok", **changes: Any) -> str:
         """Order an attempt; return its token."""
         values: dict[str, Any] = {"run": "run-" + token, "attempt": 1, "args": list(args)} | changes
-        packed = {
+        packed: dict[str, Any] = {
             key: json.dumps(values.pop(key)).encode()
             for key in ("args", "kwargs", "metadata")
             if key in values

@@ -66,7 +66,7 @@ class Pipe:
                 if rng.random() < 0.05:
                     time.sleep(rng.random() / 2000)
 
-        self._reader = threading.Thread(target=read)
+        self._reader = threading.Thread(target=read, daemon=True)
         self._reader.start()
 
     def finish(self) -> list[RunnerMessage]:
@@ -442,7 +442,7 @@ def test_nothing_is_deferred_outside_a_call(pipe: Pipe) -> None:
 def test_a_call_of_another_thread_is_no_reason_to_wait(pipe: Pipe) -> None:
     """The main thread may be asleep: whoever ended that call could not wake it."""
     _stuff(pipe, 2_000)
-    blocked = threading.Thread(target=pipe.emitter.send, args=(_event(2, 9_000),))
+    blocked = threading.Thread(target=pipe.emitter.send, args=(_event(2, 9_000),), daemon=True)
     blocked.start()
     end = time.monotonic() + 10
     while not pipe.emitter._lock.locked() and time.monotonic() < end:

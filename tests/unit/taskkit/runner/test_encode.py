@@ -74,7 +74,8 @@ def test_the_text_is_one_line_for_readers_of_event_streams(separator: str) -> No
 
 @pytest.mark.parametrize("wrap", [lambda v: v, lambda v: [v], lambda v: {"k": {"deep": v}}])
 def test_what_json_cannot_express_is_named_with_its_type(wrap: Any) -> None:
-    for value in (Odd(), range(3), 1j, ValueError("x"), len, iter([]), open):
+    values: list[Any] = [Odd(), range(3), 1j, ValueError("x"), len, iter([]), open]
+    for value in values:
         with pytest.raises(TypeError) as caught:
             render(wrap(value))
         assert type(value).__qualname__ in str(caught.value)

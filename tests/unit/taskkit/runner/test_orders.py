@@ -195,7 +195,7 @@ def test_frames_stay_whole_when_cancellations_arrive_in_the_middle(
         while part := os.read(read, 30_000):
             data.extend(part)
 
-    reader = threading.Thread(target=drain)
+    reader = threading.Thread(target=drain, daemon=True)  # a failure must not keep pytest from leaving
     reader.start()
     before = signal.getsignal(signal.SIGIO)
     interrupted = 0
@@ -207,8 +207,8 @@ def test_frames_stay_whole_when_cancellations_arrive_in_the_middle(
             canceller = threading.Timer(
                 rng.random() / 3000, seqpacket.send, (near, pack(Cancel(token=token)))
             )
+            canceller.start()  # outside: an exception in the middle of threading's own code would be this test's fault
             with contextlib.suppress(RunCancelled), orders.interrupting(token, emitter):
-                canceller.start()
                 while True:
                     try:
                         emitter.send(Started(token="x" * rng.choice((10, 3_000, 9_000))))
