@@ -11,6 +11,7 @@ import platform
 import select
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -24,6 +25,9 @@ from taskkit.wire.messages import TaskInfo, ZygoteReady
 
 #: Seconds for the probe child, which asks the database for its migrations (and makes the demo's database).
 _PROBE_SECONDS: Final = 30.0
+
+#: Seconds for threads that are ending to end.
+_THREAD_SECONDS: Final = 0.5
 
 #: What every runner needs and should share with its siblings instead of importing it once more: 0.3 s and 9 MB each.
 _PRELOADED: Final = (
@@ -267,7 +271,7 @@ def freeze(own: set[int]) -> None:
     from django.db import connections
 
     connections.close_all()
-    threads = _other_threads()
+    threads = _lasting_threads()
     if threads:
         raise NotForkSafe(
             f"importing the project left {len(threads)} thread(s) running: {', '.join(threads)}. A forked runner "
@@ -282,6 +286,14 @@ def freeze(own: set[int]) -> None:
         )
     gc.collect()
     gc.freeze()
+
+
+def _lasting_threads() -> list[str]:
+    """Return the other threads that are still there after a moment: one that was joined may not have left yet."""
+    deadline = time.monotonic() + _THREAD_SECONDS
+    while (threads := _other_threads()) and time.monotonic() < deadline:
+        time.sleep(0.005)
+    return threads
 
 
 def _other_threads() -> list[str]:

@@ -136,7 +136,7 @@ def tree() -> Iterator[Tree]:
 def crashes(tree: Tree) -> Crashes:
     """Give all ten crashes, done while a count ran."""
     with ThreadPoolExecutor(1) as thread:
-        beside = tree.submit("demo.count", n=100_000, delay=0.01)["id"]
+        beside = tree.submit("demo.count", n=100_000, delay=0.002)["id"]
         following = thread.submit(tree.events, beside, timeout=60)
         eventually(lambda: tree.snapshot(beside)["status"] == "RUNNING", 5, "the bystander")
         # The bystander has one of the four places; that many are left to stand idle.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ import trio
 
 from gateway.engine import Engine
 from gateway.store.protocol import StoreError
-from gateway.store.rows import Batch, RunRow
+from gateway.store.rows import Batch, EventRow, RunRow
 from gateway.store.sqlite import SqliteStore
 from gateway.submission import Submission
 from taskkit.errors import IdempotencyConflict, LifecycleError, NotWritable, QueueFull
@@ -95,18 +95,20 @@ async def test_a_claim_is_in_the_store_before_the_runner_hears_of_it(tmp_path: P
         assert (attempt.token, attempt.started_at) == (start.token, None)
 
 
-async def test_what_a_client_has_seen_is_in_the_store(tmp_path: Path, runners: Any) -> None:
+async def test_what_a_client_has_seen_is_in_the_store(
+    tmp_path: Path, runners: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async with gate(tmp_path) as g:
         runner = _up(g, runners())
         run, token = await g.ran(runner)
         seen: list[int] = []
         publish = g.hub.publish
 
-        def spy(no: int, rows: Any) -> None:
-            seen.extend(row.offset for row in rows)
-            publish(no, rows)
+        def spy(run: int, events: Sequence[EventRow]) -> None:
+            seen.extend(row.offset for row in events)
+            publish(run, events)
 
-        g.hub.publish = spy  # type: ignore[method-assign]
+        monkeypatch.setattr(g.hub, "publish", spy)
         for n in range(50):
             runner.tick(token, n)
             await g.engine.round_over()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 
 import pytest
@@ -64,7 +64,7 @@ class Desk:
 
 
 @pytest.fixture
-async def desk() -> Iterator[Desk]:
+async def desk() -> AsyncIterator[Desk]:
     made = Desk()
     yield made
     made.pipes.close()

@@ -8,7 +8,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Generator, Iterator
 from typing import TYPE_CHECKING, Any
 
 import anyio
@@ -70,7 +70,7 @@ def test_a_generators_yields_are_events(tasks: dict[str, TaskDefinition], name: 
 
 
 def test_a_generators_return_is_the_result() -> None:
-    def stepwise() -> Iterator[int]:
+    def stepwise() -> Generator[int, None, str]:
         yield 1
         return "done"
 

@@ -12,14 +12,14 @@ import pytest
 from tests.helpers import ROOT
 
 
-def _child(code: str, *, timeout: float = 60, **changes: str) -> subprocess.CompletedProcess[str]:
+def _child(code: str, **changes: str) -> subprocess.CompletedProcess[str]:
     """Run code in a fresh interpreter, with `birth` and the usual modules imported."""
     head = "import os, signal, sys, time\nfrom taskkit.zygote import birth\n"
     return subprocess.run(
         [sys.executable, "-c", head + textwrap.dedent(code)],
         capture_output=True,
         text=True,
-        timeout=timeout,
+        timeout=60,
         cwd=ROOT,
         env=os.environ | {"PYTHONPATH": str(ROOT)} | changes,
     )
