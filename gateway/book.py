@@ -19,7 +19,7 @@ from gateway.state import After, OpenAttempt, RunnerState
 from gateway.store.rows import AttemptRow, Batch, EventRow, KeyRow, Opened, OutputRow, RunRow
 from gateway.submission import Submission
 from taskkit.errors import LifecycleError, UnexpectedMessage
-from taskkit.identifiers import new_run_id, new_token
+from taskkit.identifiers import new_token
 from taskkit.lifecycle import Ending, RunEvent, RunStatus, next_run_status, verdict
 from taskkit.settings import Settings
 from taskkit.wire.messages import (
@@ -569,7 +569,3 @@ class Book:
         planned = self.batch, self.after
         self.batch, self.after = Batch(), After()
         return planned
-
-    def new_id(self) -> str:
-        """Return an id for a run."""
-        return new_run_id()

@@ -10,11 +10,11 @@ from typing import Final
 import trio
 
 from supervisor.child import Child
+from supervisor.hearing import hear
 from supervisor.policy import RestartPolicy
 from supervisor.zygote_client import ForkError
 from taskkit import linux
 from taskkit.channel import Channel
-from taskkit.errors import RemoteWireError
 from taskkit.lifecycle import ProcessEvent
 from taskkit.wire.messages import Beat, CourierMessage, CourierReady, Link, Message, Stop
 
@@ -23,9 +23,6 @@ logger = logging.getLogger("bulkhead.supervisor")
 #: Seconds without a beat after which a courier hangs. A database statement may take long, so ten times its beat and
 #: then some.
 BEAT_SECONDS: Final = 60.0
-
-#: Seconds for a courier that has hung up to leave by itself; Python's own clearing up takes a tenth.
-_LEAVE_SECONDS: Final = 0.5
 
 
 class Courier:
@@ -98,22 +95,7 @@ class Courier:
             os.close(faults)
 
     async def _listen(self, channel: Channel[CourierReady | Beat], child: Child) -> None:
-        while True:
-            try:
-                with trio.fail_after(BEAT_SECONDS):
-                    message, fds = await channel.receive()
-            except trio.EndOfChannel:
-                # It has hung up, so it is about to leave: let it, or its exit code and traceback would be lost.
-                with trio.move_on_after(_LEAVE_SECONDS):
-                    await child.wait()
-                return
-            except RemoteWireError:
-                return
-            except trio.TooSlowError:
-                logger.error("the courier has not said anything for %.0f s; it is replaced", BEAT_SECONDS)
-                return
-            for fd in fds:
-                os.close(fd)
+        while (message := await hear(channel, child, BEAT_SECONDS)) is not None:
             if isinstance(message, CourierReady):
                 child.happen(ProcessEvent.READY)
                 self.policy.ready(trio.current_time())

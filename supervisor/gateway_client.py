@@ -11,11 +11,12 @@ from typing import Final
 import trio
 
 from supervisor.child import Child, spawn
+from supervisor.hearing import hear
 from supervisor.policy import RestartPolicy
 from supervisor.runners import Runner
 from taskkit import linux
 from taskkit.channel import Channel
-from taskkit.errors import NeverReady, RemoteWireError, RestartIntensityExceeded
+from taskkit.errors import NeverReady, RestartIntensityExceeded
 from taskkit.lifecycle import ProcessEvent
 from taskkit.wire.messages import (
     Assigned,
@@ -41,9 +42,6 @@ READY_SECONDS: Final = 20.0
 #: Seconds without a beat after which a gateway hangs. It beats once a second from its main loop, whatever the store
 #: or the clients do.
 BEAT_SECONDS: Final = 10.0
-
-#: Seconds for a gateway that has hung up to leave by itself; Python's own clearing up takes a tenth.
-_LEAVE_SECONDS: Final = 0.5
 
 #: Starts of the very first gateway before its failure is taken for a boot error, which no restart mends.
 _BOOT_ATTEMPTS: Final = 3
@@ -166,22 +164,7 @@ class Gateway:
 
     async def _listen(self, channel: Channel[Report], child: Child) -> None:
         limit = READY_SECONDS
-        while True:
-            try:
-                with trio.fail_after(limit):
-                    message, fds = await channel.receive()
-            except trio.EndOfChannel:
-                # It has hung up, so it is about to leave: let it, or its exit code and traceback would be lost.
-                with trio.move_on_after(_LEAVE_SECONDS):
-                    await child.wait()
-                return
-            except RemoteWireError:
-                return
-            except trio.TooSlowError:
-                logger.error("the gateway has not said anything for %.0f s; it is replaced", limit)
-                return
-            for fd in fds:
-                os.close(fd)
+        while (message := await hear(channel, child, limit)) is not None:
             if isinstance(message, GatewayReady):
                 limit = BEAT_SECONDS
                 child.happen(ProcessEvent.READY)
