@@ -5,6 +5,7 @@ Everything it needs comes over the control socket: settings, the listening socke
 
 from __future__ import annotations
 
+import enum
 import logging
 import os
 import signal
@@ -12,12 +13,12 @@ import socket
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 import setproctitle
 import trio
+from starlette.types import ASGIApp
 
 from gateway.app import build_app
 from gateway.auth import Authenticator
@@ -29,10 +30,10 @@ from gateway.store.protocol import StoreError
 from gateway.store.rows import Opened
 from gateway.store.sqlite import SqliteStore
 from gateway.submission import Catalogue
-from taskkit import linux
+from taskkit import failpoints, linux
 from taskkit.channel import Channel
 from taskkit.errors import RemoteWireError
-from taskkit.settings import load_settings
+from taskkit.settings import Settings, load_settings
 from taskkit.tokens import load_or_create_key
 from taskkit.wire.messages import (
     Beat,
@@ -44,9 +45,10 @@ from taskkit.wire.messages import (
     GatewayReady,
     Link,
     Message,
+    Park,
+    Reconfigure,
     RunnerUp,
     Stopped,
-    Unlink,
 )
 
 logger = logging.getLogger("bulkhead.gateway")
@@ -60,24 +62,31 @@ _ORPHAN_SECONDS: Final = 1.5
 #: Seconds for a dead supervisor to be seen as dead.
 _REPARENT_SECONDS: Final = 0.3
 
-#: Seconds between beats.
-_BEAT_SECONDS: Final = 1.0
+#: Beats within the time after which the supervisor takes this process for hung; one may be late, or two.
+_BEATS: Final = 4
 
 #: Seconds for connections to end after their streams were told to.
 _CLOSE_SECONDS: Final = 1.5
 
+#: Milliseconds after which clients come back after a planned restart, at random in between: the next gateway serves
+#: within a few hundred.
+_PARK_RETRY: Final = (200, 2_000)
+
 #: Seconds for the courier to take the last transitions; what it has not taken waits in the store.
 _TELL_SECONDS: Final = 1.0
 
-Orders = Configure | RunnerUp | Exited | Link | Unlink | Drain | EndStreams
+Orders = Configure | RunnerUp | Exited | Link | Drain | Park | Reconfigure | EndStreams
 
 
-@dataclass(slots=True)
-class _Life:
-    """Why and how the gateway is to end."""
+class _End(enum.Enum):
+    """Why the gateway leaves."""
 
-    shutdown: trio.Event
-    orphaned: bool = False
+    #: the tree stops: every runner has ended
+    STOP = enum.auto()
+    #: another gateway takes over, with the same pipes
+    PARK = enum.auto()
+    #: the supervisor has died
+    ORPHANED = enum.auto()
 
 
 async def _open(store: SqliteStore) -> Opened:
@@ -92,19 +101,19 @@ async def _open(store: SqliteStore) -> Opened:
             await trio.sleep(0.05)
 
 
-async def _beat(send: Callable[[Message], None]) -> None:
+async def _beat(send: Callable[[Message], None], seconds: float) -> None:
     while True:
-        await trio.sleep(_BEAT_SECONDS)
+        await trio.sleep(seconds / _BEATS)
         send(Beat())
 
 
-async def _obey(channel: Channel[Orders], engine: Engine, nursery: trio.Nursery) -> bool:
-    """Carry out the supervisor's orders; return True when it wants the end, False when it is gone."""
+async def _obey(channel: Channel[Orders], engine: Engine, nursery: trio.Nursery) -> _End:
+    """Carry out the supervisor's orders until it wants the end, or is gone."""
     while True:
         try:
             message, fds = await channel.receive()
         except (trio.EndOfChannel, RemoteWireError):
-            return False
+            return _End.ORPHANED
         if isinstance(message, RunnerUp):
             engine.runner_up(message, fds)
         elif isinstance(message, Exited):
@@ -114,17 +123,26 @@ async def _obey(channel: Channel[Orders], engine: Engine, nursery: trio.Nursery)
             nursery.start_soon(engine.courier.run, fds[0])
         elif isinstance(message, Drain):
             engine.drain()
+        elif isinstance(message, Reconfigure):
+            engine.reconfigure(message)
+        elif isinstance(message, Park):
+            return _End.PARK
         elif isinstance(message, EndStreams):
-            return True
+            return _End.STOP
 
 
 async def _main(control: socket.socket, supervisor: int) -> None:
     channel: Channel[Orders] = Channel(control, GatewayOrder)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(channel.run)
-        nursery.start_soon(_beat, channel.send)
-        first, fds = await channel.receive()
+        try:
+            # Without a limit: it may be kept ready for the end of another gateway, as long as that takes.
+            first, fds = await channel.receive()
+        except trio.EndOfChannel:  # never needed, or the supervisor has died
+            nursery.cancel_scope.cancel()
+            return
         assert isinstance(first, Configure)
+        failpoints.hit("gateway.configured")
         await _live(channel, first, socket.socket(fileno=fds[0]), supervisor)
         nursery.cancel_scope.cancel()
 
@@ -148,6 +166,7 @@ async def _live(
     directory = Path(configure.state_dir)
     store = SqliteStore(directory, boot_id=configure.boot_id)
     opened = await _open(store)
+    failpoints.hit("gateway.opened")
     hub = Hub()
     engine = Engine(
         store=store,
@@ -162,49 +181,83 @@ async def _live(
     )
     key = load_or_create_key(Path(configure.key_file))
     app = build_app(engine, Authenticator(key, configure.allowed_hosts, settings.cors_origins))
-    shutdown = trio.Event()
-    async with trio.open_nursery() as serving, trio.open_nursery() as nursery:
+    async with trio.open_nursery() as nursery:
         nursery.start_soon(engine.run)
+        nursery.start_soon(_beat, channel.send, settings.limits.gateway_beat_seconds)
         await engine.flush()  # what was lost with the last supervisor is on disk before anybody can ask
-        await serving.start(
-            lambda task_status: serve(
-                app,
-                [listener],
-                limits=ServeLimits(connections=settings.limits.connections),
-                shutdown=shutdown,
-                grace=_CLOSE_SECONDS,
-                state={},
-                task_status=task_status,
-            )
-        )
+        service = _Service(app, listener, settings)
+        await nursery.start(service.run)
+        failpoints.hit("gateway.serving")
         channel.send(GatewayReady())
-        wanted = await _obey(channel, engine, nursery)
-        if not wanted:
+        end = await _obey(channel, engine, nursery)
+        if end is _End.ORPHANED:
             await _end_tasks(supervisor, configure.tree_mark)
-        await _leave(engine, hub, shutdown, listener, orphaned=not wanted)
-        if wanted:
-            channel.send(Stopped())
+        await _leave(engine, hub, service, end)
         nursery.cancel_scope.cancel()
     await store.close()
     engine.close()
+    if end is not _End.ORPHANED:
+        channel.send(Stopped())
 
 
-async def _leave(
-    engine: Engine, hub: Hub, shutdown: trio.Event, listener: socket.socket, *, orphaned: bool
-) -> None:
-    if orphaned:
+class _Service:
+    """The HTTP server, with its end."""
+
+    def __init__(self, app: ASGIApp, listener: socket.socket, settings: Settings) -> None:
+        self._app = app
+        self._listener = listener
+        self._limits = ServeLimits(connections=settings.limits.connections)
+        self._shutdown = trio.Event()
+        self._over = trio.Event()
+
+    async def run(self, *, task_status: trio.TaskStatus[None]) -> None:
+        """Serve; `started` when it accepts, returns when the last connection has ended."""
+        await serve(
+            self._app,
+            [self._listener],
+            limits=self._limits,
+            shutdown=self._shutdown,
+            grace=_CLOSE_SECONDS,
+            state={},
+            task_status=task_status,
+        )
+        self._over.set()
+
+    def stop_accepting(self) -> None:
+        """Take no further connection; answers under way are finished."""
+        self._shutdown.set()
+
+    def close_listener(self) -> None:
+        """Let go of the address."""
+        self._listener.close()
+
+    async def over(self) -> None:
+        """Return when every connection has ended; they are reset after _CLOSE_SECONDS."""
+        with trio.move_on_after(_CLOSE_SECONDS + 0.5):
+            await self._over.wait()
+
+
+async def _leave(engine: Engine, hub: Hub, service: _Service, end: _End) -> None:
+    if end is _End.PARK:
+        hub.end_streams(farewell=_PARK_RETRY)
+        service.stop_accepting()
+        await service.over()  # requests under way are still decided and committed
+        failpoints.hit("gateway.parked")
+    elif end is _End.ORPHANED:
         # Whoever starts the next supervisor must be able to bind at once.
-        shutdown.set()
-        listener.close()
+        service.stop_accepting()
+        service.close_listener()
         await engine.until_quiet(_ORPHAN_SECONDS)
         hub.end_streams()
+        await service.over()
     else:
         await engine.flush()
         hub.end_streams()
-        shutdown.set()
+        service.stop_accepting()
         with trio.move_on_after(_TELL_SECONDS):
             while engine.book.untold and engine.courier.up:
                 await engine.round_over()  # each confirmation makes a round
+        await service.over()
         await engine.flush()
 
 

@@ -34,6 +34,7 @@ from taskkit.wire.messages import (
     Greeted,
     Hello,
     Kill,
+    Message,
     Progress,
     Retire,
     Row,
@@ -551,6 +552,18 @@ class Book:
         for runner in self.runners.values():
             runner.retiring = True
             self.after.orders.append((runner.spec.id, Retire()))
+
+    def retire(self, runners: Iterable[str]) -> None:
+        """These runners get no further run: they finish what they have, then leave."""
+        for id in runners:
+            runner = self.runners.get(id)
+            if runner is not None:
+                runner.retiring = True
+                self.after.orders.append((id, Retire()))
+
+    def say(self, message: Message) -> None:
+        """Tell the supervisor when what was decided before is committed."""
+        self.after.control.append(message)
 
     def told(self, id: str, no: int, version: int) -> None:
         """Django has version `version` of a run."""

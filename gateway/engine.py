@@ -14,7 +14,7 @@ import functools
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -31,10 +31,22 @@ from gateway.store.protocol import Store, StoreError
 from gateway.store.reads import read_blob
 from gateway.store.rows import Batch, EventRow, RunRow
 from gateway.submission import Catalogue, Submission
+from taskkit import failpoints
 from taskkit.errors import IdempotencyConflict, LifecycleError, NotWritable, QueueFull
 from taskkit.lifecycle import RunStatus
 from taskkit.settings import Settings
-from taskkit.wire.messages import Answer, Drained, Message, Order, Row, RunnerUp, TaskInfo
+from taskkit.wire.messages import (
+    Answer,
+    Created,
+    Drained,
+    Message,
+    Order,
+    Reconfigure,
+    Reconfigured,
+    RunnerUp,
+    Stalled,
+    Start,
+)
 
 logger = logging.getLogger("bulkhead.gateway")
 
@@ -113,14 +125,11 @@ class Engine:
     ) -> None:
         self.store = store
         self.hub = hub
-        self.catalogue = catalogue
         self.settings = settings
         self.url = url
         self.versions = versions
         self.book = book
-        book.memory_limits = {
-            task.name: task.memory_limit for task in catalogue.all() if task.memory_limit is not None
-        }
+        self._use(catalogue)
         self.store_error = ""
         self._blobs = blobs
         self._control = control
@@ -244,14 +253,18 @@ class Engine:
         found: RunRow = await self.decide(decide)
         return found
 
-    async def create_row(self, task: TaskInfo, fields: dict[str, Any]) -> Row:
-        """Have an intake runner validate and save a row of a model task.
+    async def create_row(self, submission: Submission, fields: dict[str, Any]) -> Created:
+        """Have an intake runner validate and save a row of a model task, with an outbox entry of its submission.
+
+        The answer has the row, and the id of the submission that it was saved for: an earlier one, if this is
+        a repetition.
 
         Raises:
           InvalidArguments: messages by field.
           NotWritable: the database, or every intake runner, is away; nothing is known to be saved.
+          QueueFull: as many runs wait as LIMITS.queued_runs allows; nothing was saved.
         """
-        return await self.intake.create(task, fields)
+        return await self.intake.create(submission, fields)
 
     async def ask(self, app: str, model: str, pk: str) -> Answer:
         """Ask Django's database about a task row, through the courier.
@@ -307,7 +320,23 @@ class Engine:
         """A runner exists; takes ownership of its descriptors."""
         self._pipes.add(message.spec, fds, adopted=message.adopted)
         self.book.runner_up(message.spec, message.pid, message.started_at, adopted=message.adopted)
+        if message.retiring:
+            self.book.retire([message.spec.id])
         self.wake()
+
+    def reconfigure(self, message: Reconfigure) -> None:
+        """The project's code is another one now."""
+        self._use(Catalogue(message.catalogue))
+        self.versions = message.versions
+        self.book.retire(message.retire)
+        self._requests.append(_Request(lambda: self.book.say(Reconfigured(ask=message.ask))))
+        self.wake()
+
+    def _use(self, catalogue: Catalogue) -> None:
+        self.catalogue = catalogue
+        self.book.memory_limits = {
+            task.name: task.memory_limit for task in catalogue.all() if task.memory_limit is not None
+        }
 
     def tell(self, message: Message) -> None:
         """Send to the supervisor."""
@@ -350,10 +379,14 @@ class Engine:
             request.decide()
         self.book.claim(time.time())
         batch, after = self.book.take()
+        _pass("decided", batch)
         await self._commit(batch)
+        _pass("committed", batch)
         for id, size in taken:
             self._pipes.consume(id, size)
+        _pass("consumed", batch)
         await self._publish(batch)
+        _pass("published", batch)
         self._act(after)
         for request in requests:
             request.settle()
@@ -370,10 +403,12 @@ class Engine:
             except StoreError as error:
                 if not self.store_error:
                     logger.error("%s; tasks wait until it does", error)
+                    self.tell(Stalled(error=str(error)))
                 self.store_error = str(error)
             else:
                 if self.store_error:
                     logger.info("the store can be written again")
+                    self.tell(Stalled(error=""))
                 self.store_error = ""
                 return
             await trio.sleep(delay)
@@ -402,11 +437,14 @@ class Engine:
             self.tell(message)
         for id, order in after.orders:
             self._pipes.order(id, order)
+            if isinstance(order, Start):
+                failpoints.hit("start.ordered")
         for created in after.created:
             self.intake.created(created)
         for id in after.drained:
             self._pipes.drop(id)
             self.tell(Drained(runner=id))
+            failpoints.hit("drained.sent")
             self.intake.look()
 
     def order(self, runner: str, order: Order) -> bool:
@@ -454,6 +492,28 @@ def _state_of(runner: RunnerState) -> str:
     if runner.tokens:
         return "BUSY"
     return "RETIRING" if runner.retiring else "IDLE"
+
+
+def _pass(phase: str, batch: Batch) -> None:
+    """Pass the moments of a round, by what it contains."""
+    if failpoints.enabled():
+        for kind in _kinds(batch):
+            failpoints.hit(f"{phase}.{kind}")
+
+
+def _kinds(batch: Batch) -> Iterator[str]:
+    """Yield what a round contains, as in `failpoints.ROUND_KINDS`."""
+    changed = batch.changed_attempts
+    found = {
+        "accept": bool(batch.runs),
+        "assign": bool(batch.attempts),
+        "started": any(row.started_at is not None and row.ending is None for row in changed),
+        "event": bool(batch.events),
+        "end": bool(batch.ends),
+        "told": bool(batch.told),
+        "drained": bool(batch.forgotten),
+    }
+    yield from (kind for kind, there in found.items() if there)
 
 
 def _by_run(rows: Iterable[Any]) -> dict[int, list[Any]]:

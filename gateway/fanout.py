@@ -29,6 +29,10 @@ RING_EVENTS: Final = 1000
 #: MiB per *client*.
 RING_BYTES: Final = 1024 * 1024
 
+#: Milliseconds until clients of a tree that stops come back, between these two at random so that they do not come
+#: together; whoever restarts it needs two or three seconds.
+FAREWELL: Final = (500, 5_000)
+
 
 class Entry:
     """One event, with its SSE bytes rendered at most once for everybody."""
@@ -193,6 +197,7 @@ class Hub:
         self._runs: dict[int, _Run] = {}
         self._published = 0
         self.closing = False
+        self.farewell = FAREWELL
 
     def opened(self, run: int, tail: int) -> None:
         """An open run exists: it was accepted, or found at start with newest offset `tail`."""
@@ -243,9 +248,13 @@ class Hub:
         state = self._runs.get(run)
         return 0 if state is None else state.subscribers
 
-    def end_streams(self) -> None:
-        """The gateway shuts down: every stream ends cleanly, a later one at once."""
+    def end_streams(self, farewell: tuple[int, int] = FAREWELL) -> None:
+        """The gateway shuts down: every stream ends cleanly, a later one at once.
+
+        `farewell` is how many milliseconds later, at least and at most, a client is told to come back.
+        """
         self.closing = True
+        self.farewell = farewell
         for state in self._runs.values():
             state.wake()
 

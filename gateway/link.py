@@ -13,6 +13,7 @@ import trio
 
 from gateway.store.rows import RunRow
 from gateway.submission import Submission, parse_submission
+from taskkit import failpoints
 from taskkit.channel import Channel
 from taskkit.errors import NotWritable, RemoteWireError, SubmitError
 from taskkit.wire.messages import Answer, Ask, CourierToGateway, Row, Submit, Submitted, Told, Transition
@@ -110,6 +111,7 @@ class CourierLink:
         submission.row = message.row
         submission.run_after = message.run_after
         submission.using = message.using
+        submission.key, submission.digest = message.key, message.digest
         return submission
 
     # --- transitions ---------------------------------------------------------------------------------------
@@ -125,6 +127,7 @@ class CourierLink:
                 self._sent[no] = run.version
                 self._numbers[run.id] = no
                 self._channel.send(transition_of(run))
+                failpoints.hit("transition.sent")
 
     def _told(self, message: Told) -> None:
         no = self._numbers.get(message.run)

@@ -167,7 +167,7 @@ class RunStream:
                 if client.gone or follower.done or trio.current_time() >= ends_at:
                     return b""
                 if subscription.closing:
-                    return sse.retry(random.randint(500, 5000)) if self._rendering.retries else b""
+                    return sse.retry(random.randint(*self._hub.farewell)) if self._rendering.retries else b""
                 if not pieces:
                     await client.wait(wait, min(ends_at, self._silent_since + HEARTBEAT_SECONDS))
                     await self._break_silence(client, send)

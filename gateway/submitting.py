@@ -18,7 +18,7 @@ from gateway.snapshot import accepted, urls
 from gateway.store.protocol import StoreError
 from gateway.store.rows import RunRow
 from gateway.submission import Submission, body_digest, parse_submission
-from taskkit import tokens
+from taskkit import failpoints, tokens
 from taskkit.errors import (
     Forbidden,
     IdempotencyConflict,
@@ -61,11 +61,13 @@ class Submitting:
         key = _idempotency_key(request)
         data = await read_body_of_json(request, self._engine.settings.limits.body_bytes)
         body, submission = await self._parse(data, claims, key)
+        failpoints.hit("accept.asked")
         with _retry_hints(submission):
             if submission.task.kind == "model":
                 run, replayed = await self._submit_model(submission, body)
             else:
                 run, replayed = await self._engine.submit(submission)
+        failpoints.hit("accept.answered")
         if replayed:
             _check_ownership(run, submission)
         return self._answer(run, replayed, claims)
@@ -116,10 +118,16 @@ class Submitting:
     async def _submit_model(self, submission: Submission, body: dict[str, Any]) -> tuple[RunRow, bool]:
         """Create the task row, then submit it; a repeated submission creates no second row."""
         with self._alone(submission):
-            if not await self._is_known(submission, body):
-                submission.row = await self._engine.create_row(submission.task, body.get("fields") or {})
-                submission.using = submission.row.using
-            return await self._engine.submit(submission)
+            if await self._is_known(submission, body):
+                return await self._engine.submit(submission)
+            made = await self._engine.create_row(submission, body.get("fields") or {})
+            submission.row, submission.using = made.row, made.using
+            submission.id = made.run or submission.id
+            try:
+                run, _ = await self._engine.submit(submission)
+            except QueueFull as error:  # it has filled up since: the row is saved, and its outbox entry waits
+                raise NotWritable(str(error), retry_after=error.retry_after, run=submission.id) from error
+            return run, False  # even if the courier was faster to bring the entry
 
     async def _is_known(self, submission: Submission, body: dict[str, Any]) -> bool:
         store = self._engine.store

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import socket
 import struct
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
 import trio
 
@@ -23,10 +23,12 @@ class OperatorSocket:
     """Answers operations. Only this user's processes may ask: the socket is 0600, and the peer's uid is checked.
 
     Args:
-      operate: carries out an operation and returns the status afterwards; synchronous.
+      operate: carries out an operation and returns the status afterwards; it has a deadline of its own.
     """
 
-    def __init__(self, listener: socket.socket, uid: int, operate: Callable[[Operation], Status]) -> None:
+    def __init__(
+        self, listener: socket.socket, uid: int, operate: Callable[[Operation], Awaitable[Status]]
+    ) -> None:
         listener.setblocking(False)
         self._listener = listener
         self._uid = uid
@@ -57,7 +59,7 @@ class OperatorSocket:
                     operation, fds = await channel.receive()
                 for fd in fds:
                     socket.close(fd)
-                channel.send(self._operate(operation))
+                channel.send(await self._operate(operation))
         except (trio.EndOfChannel, trio.TooSlowError, RemoteWireError) as error:
             logger.debug("operator connection ended: %r", error)
         finally:

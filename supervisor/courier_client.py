@@ -11,7 +11,7 @@ import trio
 
 from supervisor.child import Child
 from supervisor.hearing import hear
-from supervisor.policy import RestartPolicy
+from supervisor.policy import LONGEST_DELAY, RestartPolicy
 from supervisor.zygote_client import ForkError
 from taskkit import linux
 from taskkit.channel import Channel
@@ -39,16 +39,23 @@ class Courier:
         make: Callable[[int, int], Awaitable[Child]],
         to_gateway: Callable[[Message, list[int]], None],
         gateway_is_up: Callable[[], bool],
+        longest_delay: float = LONGEST_DELAY,
     ) -> None:
         self._make = make
         self._to_gateway = to_gateway
         self._gateway_is_up = gateway_is_up
         self._channel: Channel[CourierReady | Beat] | None = None
         # It never gives up: the project's database may be away for days.
-        self.policy = RestartPolicy(intensity=None)
+        self.policy = RestartPolicy(intensity=None, longest_delay=longest_delay)
         self.child: Child | None = None
         self.stopping = False
         self.last_exit = ""
+        self._replacing = False
+
+    @property
+    def pids(self) -> set[int]:
+        """Of the present process: it is no stray."""
+        return set() if self.child is None else {self.child.pid}
 
     def link(self) -> None:
         """Give gateway and courier a fresh socket to each other; an older one is void."""
@@ -68,6 +75,9 @@ class Courier:
                 self.last_exit = str(error)
             if self.stopping:
                 return
+            if self._replacing:
+                self._replacing = False
+                continue
             delay = self.policy.died(trio.current_time())
             assert delay is not None
             logger.warning("the courier is away (%s); starting another in %.1f s", self.last_exit, delay)
@@ -102,9 +112,18 @@ class Courier:
                 self._channel = channel
                 self.link()
 
+    async def replace(self, grace: float) -> None:
+        """Put another process, of the present zygote's code, in its place; return when the old one has left."""
+        if self.child is not None and self.child.exit is None and not self.stopping:
+            self._replacing = True
+            await self._end(grace)
+
     async def stop(self, grace: float) -> None:
         """Ask it to finish the message at hand and leave; TERM and KILL follow."""
         self.stopping = True
+        await self._end(grace)
+
+    async def _end(self, grace: float) -> None:
         if self._channel is not None:
             self._channel.send(Stop())
         if self.child is not None and self.child.exit is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import resource
@@ -16,10 +17,11 @@ from supervisor import listener, state
 from supervisor.config import Config
 from supervisor.control import OperatorSocket
 from supervisor.notify import notify
+from supervisor.reload import check_migrations
 from supervisor.tree import Ground, Tree
 from supervisor.zygote_client import Zygote
 from taskkit import linux
-from taskkit.errors import NeverReady, TaskkitError
+from taskkit.errors import TaskkitError
 from taskkit.settings import Settings, default_state_dir, load_settings
 from taskkit.tokens import load_or_create_key
 from taskkit.wire.messages import Status, ZygoteReady
@@ -30,35 +32,32 @@ OnReady = Callable[[Status], None]
 OnStopping = Callable[[str], None]
 
 
-def _resolve(config: Config, ready: ZygoteReady) -> tuple[Settings, Path]:
+def _resolve(config: Config, ready: ZygoteReady) -> Settings:
     settings = load_settings(config.apply(ready.settings))
     hosts = settings.allowed_hosts if settings.allowed_hosts is not None else ready.allowed_hosts
     listener.check_exposure(settings, hosts)
-    path = settings.state_dir or default_state_dir(config.settings_module, os.environ)
-    return settings, Path(path).absolute()
+    return settings
 
 
-def _check_migrations(ready: ZygoteReady) -> None:
-    if ready.unapplied:
-        raise NeverReady(
-            f"the database lacks migrations: {', '.join(ready.unapplied)}; run `python manage.py migrate` (with the "
-            f"settings {ready.settings_module}), then start again"
-        )
+def _place(config: Config, settings: Settings) -> Path:
+    return Path(settings.state_dir or default_state_dir(config.settings_module, os.environ)).absolute()
 
 
 async def _serve(config: Config, on_ready: OnReady | None, on_stopping: OnStopping | None) -> None:
     zygote = Zygote(config)
     async with trio.open_nursery() as zygote_nursery:
         ready: ZygoteReady = await zygote_nursery.start(zygote.run)
-        _check_migrations(ready)
-        settings, path = _resolve(config, ready)
+        check_migrations(ready)
+        settings = _resolve(config, ready)
+        path = _place(config, settings)
         directory = state.StateDirectory(path)
         directory.acquire()
         try:
             load_or_create_key(Path(settings.key_file or path / state.KEY))
             sock, url = await listener.listen(settings, path)
             with sock:
-                ground = Ground(config, ready, settings, directory, sock, url)
+                resolve = functools.partial(_resolve, config)
+                ground = Ground(config, ready, settings, directory, sock, url, resolve)
                 await _live(ground, zygote, on_ready, on_stopping)
         finally:
             if settings.uds is not None:
@@ -77,6 +76,7 @@ async def _live(
         try:
             nursery.start_soon(OperatorSocket(operator, os.getuid(), tree.operate).run)
             nursery.start_soon(_watch_signals, tree)
+            nursery.start_soon(_watch_hangups, tree)
             await _start_unless_stopped(tree)
             if not tree.stop_requested.is_set():
                 notify(READY=1, STATUS=f"serving {ground.url}", MAINPID=os.getpid())
@@ -97,6 +97,26 @@ async def _watch_signals(tree: Tree) -> None:
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
         async for _ in signals:
             tree.request_stop(now=False)
+
+
+async def _watch_hangups(tree: Tree) -> None:
+    """Reload at HUP; but the kernel also sends it when the terminal of a foreground tree is closed."""
+    had_terminal = _has_terminal()
+    with trio.open_signal_receiver(signal.SIGHUP) as signals:
+        async for _ in signals:
+            if had_terminal and not _has_terminal():
+                tree.request_stop(now=False)
+                return
+            await tree.reload()  # one that comes meanwhile is remembered
+
+
+def _has_terminal() -> bool:
+    """Whether this process has a controlling terminal (tty(4): the open fails without one)."""
+    try:
+        os.close(os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY))
+    except OSError:
+        return False
+    return True
 
 
 async def _start_unless_stopped(tree: Tree) -> None:

@@ -2,51 +2,73 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import math
 import signal
+from collections.abc import Callable
+from typing import Final
 
 import trio
 
 from supervisor.child import Child
 from supervisor.deadlines import DeadlineLedger
 from supervisor.runners import Runners
+from taskkit import failpoints, linux
 from taskkit.wire.messages import Deadline
+
+#: Reasons for which deadlines stand still.
+NO_GATEWAY: Final = "no gateway listens"
+STALLED: Final = "the store takes nothing"
+STOPPING: Final = "the tree stops"
+
+#: Seconds between looks at the clock. Deadlines pass by CLOCK_BOOTTIME, which goes on while the machine sleeps;
+#: the timers of the event loop do not.
+_LOOK_SECONDS: Final = 30.0
 
 logger = logging.getLogger("bulkhead.supervisor")
 
 
 class Endings:
-    """Who has to die when, and of what. The first reason for a kill stays the cause."""
+    """Who has to die when, and of what. The first reason for a kill stays the cause.
 
-    def __init__(self, runners: Runners, nursery: trio.Nursery) -> None:
+    Args:
+      clock: returns seconds that go on while the machine sleeps.
+    """
+
+    def __init__(
+        self, runners: Runners, nursery: trio.Nursery, clock: Callable[[], float] = linux.boottime
+    ) -> None:
         self._runners = runners
         self._nursery = nursery
+        self._clock = clock
         self._ledger = DeadlineLedger()
-        self._ledger.pause(trio.current_time())
+        self._paused: set[str] = set()
         self._changed = trio.Event()
+        self.pause(NO_GATEWAY)
 
     def arm(self, order: Deadline) -> None:
         """Set a deadline of an attempt."""
+        failpoints.hit("deadline.set")
         runner = self._runners.all.get(order.runner)
         if runner is not None and runner.exited is None:
-            self._ledger.arm(order, trio.current_time())
+            self._ledger.arm(order, self._clock())
             self._changed.set()
 
     def disarm(self, runner: str, token: str | None = None) -> None:
         """Forget the deadlines of an attempt, or of a dead runner."""
         self._ledger.disarm(runner, token)
 
-    def pause(self) -> None:
-        """No gateway listens: deadlines stand still."""
-        self._ledger.pause(trio.current_time())
+    def pause(self, why: str) -> None:
+        """Deadlines stand still until `resume` has been told of this reason, and of every other."""
+        self._paused.add(why)
+        self._ledger.pause(self._clock())
         self._changed.set()
 
-    def resume(self) -> None:
-        """A gateway listens again."""
-        self._ledger.resume(trio.current_time())
-        self._changed.set()
+    def resume(self, why: str) -> None:
+        """This reason is gone."""
+        self._paused.discard(why)
+        if not self._paused:
+            self._ledger.resume(self._clock())
+            self._changed.set()
 
     def end(self, id: str, kind: str, grace: float, detail: str = "") -> None:
         """TERM a runner, and KILL it `grace` seconds later; with a grace of 0 only KILL."""
@@ -61,11 +83,10 @@ class Endings:
         """Keep the deadlines, until cancelled."""
         while True:
             self._changed = trio.Event()
-            for due in self._ledger.due(trio.current_time()):
+            for due in self._ledger.due(self._clock()):
                 logger.info("runner %s: %s; ending it", due.runner, due.kind)
                 self.end(due.runner, due.kind, due.grace)
-            at = self._ledger.next()
-            with trio.move_on_at(at) if at < math.inf else contextlib.nullcontext():
+            with trio.move_on_after(min(self._ledger.next() - self._clock(), _LOOK_SECONDS)):
                 await self._changed.wait()
 
 

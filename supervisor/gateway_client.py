@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import socket
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Final
 
 import trio
@@ -18,6 +20,7 @@ from taskkit import linux
 from taskkit.channel import Channel
 from taskkit.errors import NeverReady, RestartIntensityExceeded
 from taskkit.lifecycle import ProcessEvent
+from taskkit.settings import LimitSettings
 from taskkit.wire.messages import (
     Assigned,
     Beat,
@@ -31,6 +34,9 @@ from taskkit.wire.messages import (
     Greeted,
     Kill,
     Message,
+    Park,
+    Reconfigured,
+    Stalled,
     Stopped,
 )
 
@@ -39,24 +45,46 @@ logger = logging.getLogger("bulkhead.supervisor")
 #: Seconds until a new gateway has to serve: it waits at most 3 s for the lock of one that drains.
 READY_SECONDS: Final = 20.0
 
-#: Seconds without a beat after which a gateway hangs. It beats once a second from its main loop, whatever the store
-#: or the clients do.
-BEAT_SECONDS: Final = 10.0
+#: Seconds for a gateway to leave when another one is to take its place: it waits 2 s for requests under way, and for
+#: the disk.
+PARK_SECONDS: Final = 5.0
 
 #: Starts of the very first gateway before its failure is taken for a boot error, which no restart mends.
 _BOOT_ATTEMPTS: Final = 3
 
-Report = GatewayReady | Drained | Deadline | Disarm | Kill | Greeted | Assigned | Stopped | Beat
+Report = (
+    GatewayReady
+    | Drained
+    | Deadline
+    | Disarm
+    | Kill
+    | Greeted
+    | Assigned
+    | Reconfigured
+    | Stalled
+    | Stopped
+    | Beat
+)
 
 
 def _nothing() -> None:
     """The gateway's first readiness has been announced."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Process:
+    """One gateway process. A `serving` one has been told everything, by the supervisor that was here before."""
+
+    child: Child
+    channel: Channel[Report]
+    serving: bool = False
+
+
 class Gateway:
     """The gateway of this tree, one process after the other.
 
     Args:
+      limits: how long one may be silent, how often one may die.
       configure: makes the first message.
       listener: the socket it serves.
       runners: every runner that is not drained, oldest first.
@@ -66,6 +94,7 @@ class Gateway:
     def __init__(
         self,
         *,
+        limits: LimitSettings,
         configure: Callable[[list[str]], Configure],
         listener: socket.socket,
         runners: Callable[[], Iterable[Runner]],
@@ -79,14 +108,26 @@ class Gateway:
         self._on_message = on_message
         self._on_up = on_up
         self._on_down = on_down
-        self._channel: Channel[Report] | None = None
+        self._beat_seconds = limits.gateway_beat_seconds
         self._announce: Callable[[], None] = _nothing
-        self.policy = RestartPolicy()
+        self._present: _Process | None = None
+        self._next: _Process | None = None
+        self._parking = False
+        self._draining: Drain | None = None
+        self._changed = trio.Event()
+        self.policy = RestartPolicy(
+            intensity=limits.gateway_restarts, longest_delay=limits.restart_delay_seconds
+        )
         self.child: Child | None = None
         self.up = False
         self.stopping = False
         self.last_exit = ""
-        self._draining: Drain | None = None
+
+    @property
+    def pids(self) -> set[int]:
+        """Of the present process and of one that waits to take over: neither is a stray."""
+        waiting = set() if self._next is None else {self._next.child.pid}
+        return waiting | (set() if self.child is None else {self.child.pid})
 
     def drain(self, grace: float) -> None:
         """Have this gateway, and any that follows it, claim nothing more and ask runs to stop."""
@@ -95,8 +136,35 @@ class Gateway:
 
     def send(self, message: Message, fds: Iterable[int] = ()) -> None:
         """Send to the present gateway; without one the message is dropped, as the next is told everything anew."""
-        if self._channel is not None:
-            self._channel.send(message, list(fds))
+        if self._present is not None:
+            self._present.channel.send(message, list(fds))
+
+    async def restart(self) -> bool:
+        """Put another process in the place of the present one; return whether it serves.
+
+        The next one is there before the present one leaves, so that nobody serves for some 50 ms only; connections
+        wait in the listener's backlog meanwhile, and streams are told when to come back. A process that does not
+        leave in PARK_SECONDS is killed: its successor takes over as after any death.
+        """
+        if self._present is None or self.stopping or self._parking:
+            return False
+        leaving = self._present.child
+        self._next = _spawn()
+        self._parking = True
+        self.send(Park())
+        with trio.move_on_after(PARK_SECONDS):
+            await leaving.wait()
+        leaving.send_signal(signal.SIGKILL)
+        with trio.move_on_after(READY_SECONDS):
+            while self.child is leaving:
+                await self._changed.wait()
+            await self.until_up()
+        return self.up and self.child is not leaving
+
+    async def until_up(self) -> None:
+        """Return when one serves; the caller has a deadline."""
+        while not self.up:
+            await self._changed.wait()
 
     async def run(self, *, task_status: trio.TaskStatus[None]) -> None:
         """Keep a gateway alive; `started` when the first one serves. Returns when it leaves while stopping.
@@ -106,9 +174,13 @@ class Gateway:
         """
         self._announce = task_status.started
         while True:
-            await self._one()
+            await self._one(self._next or _spawn())
             if self.stopping:
                 return
+            if self._parking:
+                self._parking = False
+                logger.info("the gateway has left for its successor (%s)", self.last_exit)
+                continue
             delay = self.policy.died(trio.current_time())
             if self._announce is not _nothing and self.policy.restarts >= _BOOT_ATTEMPTS:
                 raise NeverReady(
@@ -123,26 +195,22 @@ class Gateway:
             logger.error("the gateway died (%s); starting another in %.1f s", self.last_exit, delay)
             await trio.sleep(delay)
 
-    async def _one(self) -> None:
-        ours, theirs = linux.seqpacket_pair()
-        with theirs:
-            self.child = child = spawn(
-                "gateway",
-                "gateway",
-                [str(theirs.fileno()), str(os.getpid())],
-                [theirs.fileno()],
-                session=False,
-            )
-        channel: Channel[Report] = Channel(ours, GatewayMessage)
+    async def _one(self, process: _Process) -> None:
+        self._next, self._present = None, process
+        self.child = child = process.child
+        channel = process.channel
         async with trio.open_nursery() as nursery:
             nursery.start_soon(child.wait)
             nursery.start_soon(channel.run)
             try:
-                self._introduce(channel)
+                if process.serving:
+                    self._is_up(child)
+                else:
+                    self._introduce()
                 await self._listen(channel, child)
             finally:
                 self.up = False
-                self._channel = None
+                self._present = None
                 self._on_down()
                 # Two readers on one pipe corrupt it: the next gateway may only start when this one is gone.
                 with trio.CancelScope(shield=True):
@@ -150,9 +218,8 @@ class Gateway:
                 channel.close()
                 nursery.cancel_scope.cancel()
 
-    def _introduce(self, channel: Channel[Report]) -> None:
+    def _introduce(self) -> None:
         """Say everything that a new gateway has to know; nothing else may be said before."""
-        self._channel = channel
         runners = list(self._runners())
         self.send(self._configure([runner.spec.id for runner in runners]), [self._listener.fileno()])
         for runner in runners:
@@ -162,16 +229,41 @@ class Gateway:
         if self._draining is not None:
             self.send(self._draining)
 
+    def _is_up(self, child: Child) -> None:
+        child.happen(ProcessEvent.READY)
+        self.policy.ready(trio.current_time())
+        self.up = True
+        self._on_up()
+        changed, self._changed = self._changed, trio.Event()
+        changed.set()
+        announce, self._announce = self._announce, _nothing
+        announce()
+
     async def _listen(self, channel: Channel[Report], child: Child) -> None:
-        limit = READY_SECONDS
+        limit = self._beat_seconds if self.up else READY_SECONDS
         while (message := await hear(channel, child, limit)) is not None:
             if isinstance(message, GatewayReady):
-                limit = BEAT_SECONDS
-                child.happen(ProcessEvent.READY)
-                self.policy.ready(trio.current_time())
-                self.up = True
-                self._on_up()
-                announce, self._announce = self._announce, _nothing
-                announce()
+                limit = self._beat_seconds
+                self._is_up(child)
             elif not isinstance(message, Beat):
                 self._on_message(message)
+
+    def close(self) -> None:
+        """End a process that waited to take over; the present one has ended."""
+        if self._next is not None:
+            self._next.channel.close()
+            self._next.child.send_signal(signal.SIGKILL)
+
+
+def _spawn() -> _Process:
+    """Start a gateway that waits for its first message."""
+    ours, theirs = linux.seqpacket_pair()
+    with theirs:
+        child = spawn(
+            "gateway",
+            "gateway",
+            [str(theirs.fileno()), str(os.getpid())],
+            [theirs.fileno()],
+            session=False,
+        )
+    return _Process(child, Channel(ours, GatewayMessage))

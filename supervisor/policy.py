@@ -28,6 +28,7 @@ class RestartPolicy:
 
     Attributes:
       intensity: restarts within `period` before giving up; None never gives up.
+      longest_delay: seconds that the waits grow to.
       jitter: source of random numbers, for tests.
     """
 
@@ -35,6 +36,7 @@ class RestartPolicy:
     # A child that dies at once needs 61-81 s for its 11 deaths, as the waits between them grow: within 60 s it would
     # never be one too many.
     period: float = 120.0
+    longest_delay: float = LONGEST_DELAY
     jitter: random.Random = field(default_factory=random.Random)
     _restarts: deque[float] = field(default_factory=deque)
     _streak: int = 0
@@ -56,7 +58,7 @@ class RestartPolicy:
         self._restarts.append(now)
         if self.intensity is not None and len(self._restarts) > self.intensity:
             return None
-        delay: float = min(FIRST_DELAY * 2**self._streak, LONGEST_DELAY)
+        delay: float = min(FIRST_DELAY * 2**self._streak, self.longest_delay)
         self._streak = min(self._streak + 1, 16)
         # Up to a quarter less, so that children which died together do not come back together.
         return delay * (1 - 0.25 * self.jitter.random())

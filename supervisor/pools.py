@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Final
 
 import trio
@@ -31,20 +31,25 @@ class Pool:
 
     name: str
     settings: PoolSettings
-    policy: RestartPolicy = field(default_factory=lambda: RestartPolicy(intensity=None))
+    policy: RestartPolicy
     births: int = 0
     failing: bool = False
 
 
 def pools_of(settings: Settings) -> list[Pool]:
     """Return the pools that the settings ask for, intake included."""
-    pools = [Pool(name, pool) for name, pool in settings.all_pools.items()]
+    longest = settings.limits.restart_delay_seconds
+
+    def pool_of(name: str, pool: PoolSettings) -> Pool:
+        return Pool(name, pool, RestartPolicy(intensity=None, longest_delay=longest))
+
+    pools = [pool_of(name, pool) for name, pool in settings.all_pools.items()]
     if settings.intake_runners:
         forks = any(pool.settings.start == "fork" for pool in pools)
         intake = PoolSettings(
             runners=settings.intake_runners, runs=_INTAKE_ROWS, start="fork" if forks else "spawn", nice=0
         )
-        pools.append(Pool(INTAKE, intake))
+        pools.append(pool_of(INTAKE, intake))
     return pools
 
 
@@ -71,11 +76,33 @@ class Pools:
         self._fork = fork
         self._on_made = on_made
         self._changed = trio.Event()
+        self._looked = trio.Event()
         self._stopped = False
 
     def stop(self) -> None:
         """Make no further runner."""
         self._stopped = True
+
+    def use(self, pools: Sequence[Pool]) -> None:
+        """Keep these pools from now on; a pool that stays keeps its past."""
+        kept: dict[str, Pool] = {}
+        for pool in pools:
+            kept[pool.name] = self._pools.get(pool.name, pool)
+            kept[pool.name].settings = pool.settings
+        self._pools = kept
+        self.look()
+
+    @property
+    def _full(self) -> bool:
+        missing = any(
+            wanted(pool.settings, self._count(pool)) or pool.births for pool in self._pools.values()
+        )
+        return not missing and not self._runners.starting
+
+    async def until_full(self) -> None:
+        """Return when no runner is missing, and each has said hello; the caller has a deadline."""
+        while not self._full:
+            await self._looked.wait()
 
     def look(self) -> None:
         """Something has changed: count again."""
@@ -86,6 +113,8 @@ class Pools:
         announced = False
         while True:
             self._changed = trio.Event()
+            looked, self._looked = self._looked, trio.Event()
+            looked.set()
             if not self._fill() and not self._runners.starting and not announced:
                 announced = True
                 task_status.started()
@@ -129,7 +158,9 @@ class Pools:
 
     def died_idle(self, runner: Runner) -> None:
         """A runner died before anybody gave it work, so it is not a task's fault: make the next one later."""
-        self._back_off(self._pools[runner.spec.pool])
+        pool = self._pools.get(runner.spec.pool)
+        if pool is not None:  # a reload may have removed it
+            self._back_off(pool)
 
     def _back_off(self, pool: Pool) -> None:
         if pool.failing:

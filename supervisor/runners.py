@@ -19,8 +19,8 @@ from supervisor import memory
 from supervisor.causes import Death, classify
 from supervisor.child import Child, Exit, spawn
 from supervisor.config import Config
-from taskkit import linux, seqpacket
-from taskkit.lifecycle import ProcessState
+from taskkit import failpoints, linux, seqpacket
+from taskkit.lifecycle import ProcessEvent, ProcessState
 from taskkit.settings import PoolSettings, Settings
 from taskkit.wire.codec import pack
 from taskkit.wire.framing import PIPE_SIZE
@@ -88,6 +88,7 @@ class Runner:
     Attributes:
       retired: the gateway has given it its last run.
       used: the gateway has given it a run at all.
+      outdated: it is of older code and is to get no further run.
       ordered: cause to report when the supervisor ends it.
     """
 
@@ -97,13 +98,33 @@ class Runner:
     started_at: float
     retired: bool = False
     used: bool = False
+    outdated: bool = False
     ordered: str = ""
     detail: str = ""
     exited: Exited | None = None
 
+    def retire(self) -> None:
+        """It gets no further run, so another one may take its place."""
+        self.retired = True
+        if self.child.state is ProcessState.RUNNING:
+            self.child.happen(ProcessEvent.DRAIN)
+
+    def greeted(self) -> None:
+        """It has said hello."""
+        if self.child.state is ProcessState.STARTING:
+            self.child.happen(ProcessEvent.READY)
+            if self.retired:
+                self.retire()
+
     def announcement(self, *, adopted: bool) -> RunnerUp:
         """The message that brings it to a gateway."""
-        return RunnerUp(spec=self.spec, pid=self.child.pid, started_at=self.started_at, adopted=adopted)
+        return RunnerUp(
+            spec=self.spec,
+            pid=self.child.pid,
+            started_at=self.started_at,
+            adopted=adopted,
+            retiring=self.outdated,
+        )
 
 
 @dataclass(slots=True)
@@ -124,6 +145,7 @@ class Runners:
     _prefix: str = field(default_factory=lambda: secrets.token_hex(3))
     _count: int = 0
     _blobs: int = -1
+    _generation: int = 0
     _oom: memory.OomCounter = field(default_factory=memory.OomCounter)
 
     def spec(self, pool: str, settings: PoolSettings, *, intake: bool) -> RunnerSpec:
@@ -159,20 +181,25 @@ class Runners:
           ForkError: they did not come about; nothing is left behind.
           OSError: no descriptors are left.
         """
+        generation = self._generation
         made: list[Ends] = []
+        born: list[tuple[int, int]] = []
         try:
             for _ in specs:
                 made.append(open_ends())  # noqa: PERF401 - those made so far are closed when the next one fails
             ready = [_with_size(spec, ends) for spec, ends in zip(specs, made, strict=True)]
             fds = [fd for ends in made for fd in (*ends.far, ends.faults, self._blob_directory())]
+            failpoints.hit("fork.ordered")
             born = await fork(ready, fds)
+            failpoints.hit("fork.born")
         except BaseException:
+            seqpacket.close_all([pidfd for _, pidfd in born])
             for ends in made:
                 ends.close_far()
                 ends.close_near()
             raise
         for spec, ends, (pid, pidfd) in zip(ready, made, born, strict=True):
-            self._register(spec, ends, Child(spec.id, pid, pidfd, group=True))
+            self._register(spec, ends, Child(spec.id, pid, pidfd, group=True), generation)
 
     def spawn(self, spec: RunnerSpec) -> None:
         """Start one runner by exec, for pools whose libraries do not survive a fork.
@@ -193,23 +220,26 @@ class Runners:
             ends.close_far()
             ends.close_near()
             raise
-        self._register(spec, ends, child)
+        self._register(spec, ends, child, self._generation)
 
     def _blob_directory(self) -> int:
         if self._blobs == -1:
             self._blobs = os.open(self.state_dir / "blobs", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         return self._blobs
 
-    def _register(self, spec: RunnerSpec, ends: Ends, child: Child) -> None:
+    def _register(self, spec: RunnerSpec, ends: Ends, child: Child, generation: int) -> None:
         ends.close_far()
-        runner = Runner(spec, child, ends, time.time())
+        outdated = generation != self._generation  # the code was exchanged while it was born
+        runner = Runner(spec, child, ends, time.time(), retired=outdated, outdated=outdated)
         self.all[spec.id] = runner
         self.nursery.start_soon(self._await_death, runner)
+        failpoints.hit("runner.registered")
         self.on_up(runner)
 
     async def _await_death(self, runner: Runner) -> None:
         left = await runner.child.wait()
         runner.exited = Exited(runner=runner.spec.id, cause=self._cause(runner, left))
+        failpoints.hit("runner.reaped")
         self.on_exit(runner)
 
     def _cause(self, runner: Runner, left: Exit) -> Cause:
@@ -227,11 +257,24 @@ class Runners:
             )
         )
 
+    def outdate(self) -> list[str]:
+        """The code has been exchanged: no runner that exists, or is being born, gets a further run.
+
+        Return the ids of those that live.
+        """
+        self._generation += 1
+        living = [runner for runner in self.all.values() if runner.exited is None]
+        for runner in living:
+            runner.outdated = True
+            runner.retire()
+        return [runner.spec.id for runner in living]
+
     def drained(self, id: str) -> Runner | None:
         """The gateway has committed and consumed everything of a dead runner: let its descriptors go."""
         runner = self.all.get(id)
         if runner is None or runner.exited is None:
             return None
+        failpoints.hit("runner.drained")
         del self.all[id]
         runner.ends.close_near()
         return runner

@@ -8,27 +8,30 @@ courier → zygote → listener.
 from __future__ import annotations
 
 import os
-import signal
 import socket
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
+import msgspec
 import trio
 
 from supervisor import listener, state
 from supervisor.child import Child, tree_mark
 from supervisor.config import Config
 from supervisor.courier_client import Courier
-from supervisor.endings import Endings
+from supervisor.endings import NO_GATEWAY, STALLED, STOPPING, Endings
 from supervisor.gateway_client import Gateway, Report
+from supervisor.notify import notify
 from supervisor.pools import Pools, pools_of
+from supervisor.reload import Parts, Reload
 from supervisor.runners import Runner, Runners, spawn_role
 from supervisor.strays import Strays
 from supervisor.zygote_client import Zygote
 from supervisor.zygote_keeper import ZygoteKeeper
 from taskkit import linux
-from taskkit.lifecycle import ProcessEvent, ProcessState
+from taskkit.lifecycle import ProcessState
 from taskkit.settings import Settings, dump_settings
 from taskkit.wire.messages import (
     Assigned,
@@ -42,7 +45,9 @@ from taskkit.wire.messages import (
     Greeted,
     Kill,
     Operation,
+    Reconfigured,
     RunnerSpec,
+    Stalled,
     Status,
     ZygoteReady,
 )
@@ -67,6 +72,7 @@ class Ground:
     directory: state.StateDirectory
     listener: socket.socket
     url: str
+    resolve: Callable[[ZygoteReady], Settings]
 
 
 class Tree:
@@ -79,7 +85,8 @@ class Tree:
     def __init__(self, ground: Ground, zygote: Zygote, nursery: trio.Nursery) -> None:
         self._ground = ground
         self._nursery = nursery
-        self._limits = ground.settings.limits
+        self._settings = ground.settings
+        longest = self._settings.limits.restart_delay_seconds
         self._state = ProcessState.STARTING
         self._started_at = trio.current_time()
         self._changed = trio.Event()
@@ -89,12 +96,13 @@ class Tree:
         self._runners = Runners(
             ground.config, ground.settings, ground.directory.path, nursery, self._runner_up, self._runner_died
         )
-        self._zygote = ZygoteKeeper(ground.config, zygote, ground.ready, nursery, self._wake)
+        self._zygote = ZygoteKeeper(ground.config, zygote, ground.ready, nursery, self._wake, longest)
         self._pools = Pools(
             pools_of(ground.settings), self._runners, nursery, fork=self._fork, on_made=self._wake
         )
         self._endings = Endings(self._runners, nursery)
         self._gateway = Gateway(
+            limits=self._settings.limits,
             configure=self._configuration,
             listener=ground.listener,
             runners=lambda: self._runners.all.values(),
@@ -106,8 +114,18 @@ class Tree:
             make=self._make_courier,
             to_gateway=lambda message, fds: self._gateway.send(message, fds),
             gateway_is_up=lambda: self._gateway.up,
+            longest_delay=longest,
+        )
+        self._reload = Reload(
+            Parts(self._zygote, self._runners, self._pools, self._gateway, self._courier),
+            resolve=ground.resolve,
+            settings=self._settings,
+            on_settings=self._use,
         )
         self._strays = Strays(self._known_pids, lambda: self._zygote.births)
+
+    def _use(self, settings: Settings) -> None:
+        self._settings = settings
 
     def _wake(self) -> None:
         self._changed.set()
@@ -116,8 +134,7 @@ class Tree:
     # --- runners -------------------------------------------------------------------------------------------
 
     def _known_pids(self) -> set[int]:
-        children = (self._gateway.child, self._courier.child)
-        known = {child.pid for child in children if child is not None} | self._zygote.pids
+        known = self._gateway.pids | self._zygote.pids | self._courier.pids
         return known | {runner.child.pid for runner in self._runners.all.values()}
 
     async def _fork(self, specs: Sequence[RunnerSpec]) -> None:
@@ -131,14 +148,15 @@ class Tree:
         self._endings.disarm(runner.spec.id)
         self._gateway.send(runner.exited)
         self._strays.look()
-        if self._state is ProcessState.RUNNING and not runner.used and not runner.ordered:
+        idle = not (runner.used or runner.ordered or runner.outdated)
+        if self._state is ProcessState.RUNNING and idle:
             self._pools.died_idle(runner)
         self._wake()
 
     # --- gateway and courier -------------------------------------------------------------------------------
 
     def _configuration(self, adopting: list[str]) -> Configure:
-        settings, path = self._ground.settings, self._ground.directory.path
+        settings, path = self._settings, self._ground.directory.path
         hosts = self._zygote.ready.allowed_hosts if settings.allowed_hosts is None else settings.allowed_hosts
         return Configure(
             settings=dump_settings(settings),
@@ -154,11 +172,12 @@ class Tree:
         )
 
     def _gateway_up(self) -> None:
-        self._endings.resume()
+        self._endings.resume(NO_GATEWAY)
         self._courier.link()
 
     def _gateway_down(self) -> None:
-        self._endings.pause()
+        self._endings.pause(NO_GATEWAY)
+        self._endings.resume(STALLED)  # the next gateway finds out by itself
         self._wake()
 
     def _gateway_says(self, message: Report) -> None:
@@ -173,13 +192,17 @@ class Tree:
             self._endings.arm(message)
         elif isinstance(message, Disarm):
             self._endings.disarm(message.runner, message.token)
+        elif isinstance(message, Stalled):
+            (self._endings.pause if message.error else self._endings.resume)(STALLED)
+        elif isinstance(message, Reconfigured):
+            self._reload.answered(message)
         elif isinstance(message, Kill):
             self._endings.end(message.runner, message.kind, 0.0, message.detail)
 
     def _greeted(self, id: str) -> None:
         runner = self._runners.all.get(id)
-        if runner is not None and runner.child.state is ProcessState.STARTING:
-            runner.child.happen(ProcessEvent.READY)
+        if runner is not None:
+            runner.greeted()
             self._wake()
 
     def _assigned(self, message: Assigned) -> None:
@@ -188,15 +211,13 @@ class Tree:
             return
         runner.used = True
         if message.last and not runner.retired:
-            runner.retired = True
-            if runner.child.state is ProcessState.RUNNING:
-                runner.child.happen(ProcessEvent.DRAIN)
+            runner.retire()
         self._wake()
 
     async def _make_courier(self, control: int, faults: int) -> Child:
         fds = (control, self._poke.fileno(), faults)
         path = str(self._ground.directory.path)
-        if all(pool.start == "spawn" for pool in self._ground.settings.all_pools.values()):
+        if all(pool.start == "spawn" for pool in self._settings.all_pools.values()):
             return spawn_role(self._ground.config, "courier", Fork(ask=0, courier=True, state_dir=path), fds)
         ((pid, pidfd),) = await self._zygote.fork((), fds, courier=True, state_dir=path)
         return Child("courier", pid, pidfd, group=True)
@@ -229,9 +250,9 @@ class Tree:
         self._state = ProcessState.STOPPING
         self._zygote.stopping = True
         self._pools.stop()
-        self._endings.pause()
-        self._gateway.drain(self._limits.stop_grace_seconds)
-        await self._until(self._limits.stop_grace_seconds, self._all_dead, unless_now=True)
+        self._endings.pause(STOPPING)
+        self._gateway.drain(self._settings.limits.stop_grace_seconds)
+        await self._until(self._settings.limits.stop_grace_seconds, self._all_dead, unless_now=True)
         await self._end_runners()
         await self._until(_DRAIN_SECONDS, lambda: not self._runners.all or not self._gateway.up)
         self._gateway.stopping = True
@@ -243,7 +264,7 @@ class Tree:
 
     async def _end_runners(self) -> None:
         """TERM what has not left in its grace, then KILL; without grace, or in a hurry, KILL at once."""
-        grace = 0.0 if self._stop_now.is_set() else self._limits.kill_grace_seconds
+        grace = 0.0 if self._stop_now.is_set() else self._settings.limits.kill_grace_seconds
         for id in list(self._runners.all):
             self._endings.end(id, "stopped", grace)
         await self._until(grace, self._all_dead, unless_now=True)
@@ -266,17 +287,34 @@ class Tree:
     def close(self) -> None:
         """Let go of every descriptor; all processes have ended."""
         self._poke.close()
+        self._gateway.close()
         self._runners.close()
 
     # --- what the operator sees ----------------------------------------------------------------------------
 
-    def operate(self, operation: Operation) -> Status:
-        """Carry out an operation of the command line."""
+    async def operate(self, operation: Operation) -> Status:
+        """Carry out an operation of the command line; return the status after it."""
+        error = ""
         if operation.name == "stop":
             self.request_stop(now=operation.now)
-        elif operation.name == "restart-gateway" and self._gateway.child is not None:
-            self._gateway.child.send_signal(signal.SIGKILL)
-        return self.status()
+        elif operation.name == "reload":
+            error = await self.reload()
+        elif operation.name == "restart-gateway":
+            error = (
+                "" if await self._gateway.restart() else "no gateway has taken the place of the one that was"
+            )
+        elif operation.name != "status":
+            error = f"this supervisor knows no operation {operation.name[:40]!r}"
+        return msgspec.structs.replace(self.status(), error=error)
+
+    async def reload(self) -> str:
+        """Exchange the project's code; return what went wrong, or ""."""
+        if self._state is not ProcessState.RUNNING or self.stop_requested.is_set():
+            return f"the tree is {self._state.value}"
+        notify(RELOADING=1, MONOTONIC_USEC=time.monotonic_ns() // 1000, STATUS="reloading the project's code")
+        failure = await self._reload.run()
+        notify(READY=1, STATUS=f"serving {self._ground.url}")
+        return failure
 
     def status(self) -> Status:
         """Return the tree as it is now."""
@@ -290,8 +328,18 @@ class Tree:
             uptime=trio.current_time() - self._started_at,
             children=list(self._children()),
             versions=ready.versions,
-            notes=[f"database: {ready.database_error}"] if ready.database_error else [],
+            notes=list(self._notes(ready)),
         )
+
+    def _notes(self, ready: ZygoteReady) -> Iterator[str]:
+        if ready.database_error:
+            yield f"database: {ready.database_error}"
+        if self._reload.is_running:
+            yield "reload: the project's code is being loaded"
+        if self._reload.failure:
+            yield f"reload: {self._reload.failure}; the code before serves on"
+        if self._reload.note:
+            yield f"settings: {self._reload.note}"
 
     def _children(self) -> Iterator[ChildStatus]:
         gateway, courier, zygote = self._gateway, self._courier, self._zygote

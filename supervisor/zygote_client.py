@@ -21,6 +21,7 @@ from taskkit.wire.messages import (
     Fork,
     Forked,
     ForkFailed,
+    Retire,
     RunnerSpec,
     ZygoteFailed,
     ZygoteMessage,
@@ -34,6 +35,9 @@ READY_SECONDS: Final = 120.0
 
 #: Seconds until a fork has to be answered; it takes milliseconds. A zygote that misses it is killed and replaced.
 FORK_SECONDS: Final = 5.0
+
+#: Seconds for a zygote that was told to leave.
+_LEAVE_SECONDS: Final = 5.0
 
 
 class ForkError(Exception):
@@ -143,6 +147,18 @@ class Zygote:
             if isinstance(message, ForkFailed) and pending is not None:
                 pending.failure = message.detail
                 pending.done.set()
+
+    async def retire(self) -> None:
+        """Have it leave when the forks under way are done; return when it has died."""
+        with trio.move_on_after(FORK_SECONDS):
+            while self._pending:
+                await next(iter(self._pending.values())).done.wait()
+                await trio.lowlevel.checkpoint()
+        self._channel.send(Retire())
+        with trio.move_on_after(_LEAVE_SECONDS):
+            await self.child.wait()
+            return
+        await self.child.end(0.0)
 
     def _fail_pending(self, reason: str) -> None:
         for pending in self._pending.values():

@@ -79,6 +79,9 @@ class LimitSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
       kill_grace_seconds: between TERM and KILL.
       stop_grace_seconds: for open runs when the tree stops.
       output_lines_per_second: stored per runner; what is more is dropped with a count.
+      gateway_beat_seconds: of silence after which a gateway hangs and is replaced; it beats four times in between.
+      gateway_restarts: within 120 s; one more, and the supervisor gives up with exit code 4.
+      restart_delay_seconds: longest wait before a process of the tree that keeps dying is started again.
     """
 
     body_bytes: _Positive = 1024 * 1024
@@ -90,6 +93,9 @@ class LimitSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     kill_grace_seconds: _Seconds = 2.0
     stop_grace_seconds: _Seconds = 10.0
     output_lines_per_second: _Positive = 2_000
+    gateway_beat_seconds: Annotated[float, Meta(ge=0.5, le=3_600)] = 10.0
+    gateway_restarts: _Positive = 10
+    restart_delay_seconds: Annotated[float, Meta(ge=0.1, le=3_600)] = 30.0
 
 
 class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, rename="upper"):
@@ -118,6 +124,10 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, re
     limits: LimitSettings = LimitSettings()
     intake_runners: Annotated[int, Meta(ge=0)] = 1
     start_on_connect: bool = False
+
+    def replace(self, **fields: Any) -> Settings:
+        """Return these settings with other values for the fields that are named."""
+        return msgspec.structs.replace(self, **fields)
 
     def pool(self, name: str) -> PoolSettings | None:
         """Return a pool's settings; "default" exists without being named."""

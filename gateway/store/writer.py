@@ -26,6 +26,7 @@ from gateway.store.schema import (
     RUN_COLUMNS,
     columns,
 )
+from taskkit import failpoints
 
 #: WAL bytes after which a checkpoint beside the writer is due. SQLite's own default is the same.
 PASSIVE_BYTES: Final = 4 * 1024 * 1024
@@ -254,6 +255,7 @@ class Writer:
         with self._transaction():
             for step in prepared.steps:
                 self._take(step)
+            failpoints.hit("store.commit")
         return self.gauge.decide(self.wal_size())
 
     def wal_size(self) -> int:

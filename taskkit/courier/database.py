@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import logging
 import math
+import time
 from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import Final, TypeVar
 
 from django.db import Error, connections, router
 
+from taskkit import failpoints
 from taskkit.courier import outbox_reader, projection
 from taskkit.courier.node import NodeIdentity
+from taskkit.courier.reach import Place, hang_limit
 from taskkit.models import Node, Outbox, Run
 from taskkit.wire.messages import Submit, Submitted, Told, Transition
 
@@ -29,6 +32,9 @@ BATCH: Final = 100
 
 #: Seconds between two looks into the outbox without a poke.
 POLL: Final = 1.0
+
+#: Seconds between two looks with pokes: anybody on this machine may poke, as often as he likes.
+POKED: Final = 0.01
 
 #: Seconds between two renewals of the node's row; taskkit.outbox.NODE_FRESH allows two to be missed. Also how
 #: often a connection's age is checked against CONN_MAX_AGE.
@@ -53,12 +59,19 @@ class Away(Exception):
 class Database:
     """One database of the project. Every method that may fail raises Away and leaves the work as it was.
 
+    Args:
+      clock: monotonic seconds.
+
     Attributes:
       held: newest transition of each run that is to be written, with its size in bytes.
     """
 
-    def __init__(self, alias: str, node: NodeIdentity) -> None:
+    def __init__(
+        self, alias: str, node: NodeIdentity, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self.alias = alias
+        self._clock = clock
+        self._place = Place(alias)
         self.held: dict[str, tuple[Transition, int]] = {}
         self._node = node
         self._ours = all(router.allow_migrate_model(alias, model) for model in (Outbox, Run, Node))
@@ -70,6 +83,7 @@ class Database:
         self._backoff = 0.0
         self._put_off = 0.0
         self._retry_at = self._renew_at = self._poll_at = self._submit_at = 0.0
+        self._polled_at = -math.inf
 
     # --- what comes in --------------------------------------------------------------------------------------
 
@@ -87,8 +101,8 @@ class Database:
         return True
 
     def look_soon(self) -> None:
-        """Look into the outbox at the next turn: somebody poked."""
-        self._poll_at = 0.0
+        """Look into the outbox soon: somebody poked."""
+        self._poll_at = min(self._poll_at, self._polled_at + POKED)
 
     def send_anew(self) -> None:
         """Send again what is unanswered: the gateway that was asked is gone."""
@@ -139,7 +153,9 @@ class Database:
         if now < self._retry_at:
             raise Away(f"the database {self.alias!r} does not answer")
         try:
-            result = work()
+            with hang_limit(self.alias):
+                self._place.check()
+                result = work()
         except (
             Exception
         ) as error:  # also what drivers raise past Django; the loop goes on with the other databases
@@ -155,7 +171,9 @@ class Database:
             known = isinstance(error, Error)
             _log.warning("the database %r does not answer: %s", self.alias, error, exc_info=not known)
         self._backoff = min(max(2 * self._backoff, BACKOFF[0]), BACKOFF[1])
-        self._retry_at = now + self._backoff
+        # Hanging, it is left alone as long as it took, so that the others get half of the time.
+        at = self._clock()
+        self._retry_at = at + max(self._backoff, at - now)
         self._renew_at = 0.0  # tables and node once more: it may come back as another database
         self._disconnect()
 
@@ -188,7 +206,9 @@ class Database:
         later = [answer for answer in self._answers.values() if answer.code in outbox_reader.LATER]
         final = [answer for answer in self._answers.values() if answer.code not in outbox_reader.LATER]
         if final:
+            failpoints.hit("courier.answered")
             projection.settle(self.alias, final)
+            failpoints.hit("courier.settled")
         for answer in later:
             outbox_reader.postpone(self.alias, answer)
         self._answers.clear()
@@ -210,7 +230,9 @@ class Database:
     def _write(self) -> list[Told]:
         batch = [transition for transition, _ in islice(self.held.values(), BATCH)]
         if batch:
+            failpoints.hit("courier.projecting")
             projection.write(self.alias, batch)
+            failpoints.hit("courier.projected")
         for transition in batch:
             del self.held[transition.run]
         return [Told(run=transition.run, version=transition.version) for transition in batch]
@@ -219,7 +241,7 @@ class Database:
         for id_ in [id_ for id_, deadline in self._unanswered.items() if deadline <= now]:
             del self._unanswered[id_]
             self._data_version = None
-        self._poll_at = now + POLL
+        self._polled_at, self._poll_at = now, now + POLL
         # Read before the rows: what is committed in between is seen next time, not never.
         version = outbox_reader.data_version(self.alias)
         if version is not None and version == self._data_version:
@@ -229,6 +251,8 @@ class Database:
         )
         if refusals:
             projection.settle(self.alias, refusals)
+        if submissions:
+            failpoints.hit("courier.read")
         self._data_version = version
         self._unanswered.update((submission.id, now + ANSWER_DEADLINE) for submission in submissions)
         return submissions

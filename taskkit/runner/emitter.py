@@ -12,7 +12,7 @@ from typing import Final, TypeVar
 
 import msgspec
 
-from taskkit import linux
+from taskkit import failpoints, linux
 from taskkit.wire.codec import pack_runner_frame
 from taskkit.wire.framing import HEADER_SIZE, max_frame
 from taskkit.wire.messages import Event, Finished, Progress, RunnerMessage, TaskFailure
@@ -107,10 +107,12 @@ class Emitter:
         finally:
             os.close(fd)
         os.fsync(self._blobs)
+        failpoints.hit("runner.blob")
         return name, len(data), hashlib.sha256(data).hexdigest()
 
     def event(self, token: str, type: str, data: bytes) -> None:
         """Write an event whose JSON is `data`."""
+        failpoints.hit("runner.event")
         if len(data) + 4 * len(type) <= self.inline_limit:
             self.send(Event(token=token, type=type, data=data))
         else:
@@ -119,6 +121,7 @@ class Emitter:
 
     def finished(self, message: Finished) -> None:
         """Write the end of an attempt. A large result goes to a blob, a long failure is cut: it must be told."""
+        failpoints.hit("runner.finishing")
         if message.failure is not None:
             failure = _cut(message.failure, self.inline_limit)
             message = msgspec.structs.replace(message, failure=failure)
@@ -128,6 +131,7 @@ class Emitter:
                 token=message.token, ending=message.ending, blob=name, size=size, sha256=digest
             )
         self.send(message)
+        failpoints.hit("runner.finished")
 
     def defer(self, action: Callable[[], None]) -> bool:
         """Have `action` called when this thread's call under way ends; return False when there is none.

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import anyio
 from anyio.abc import TaskGroup
 
+from taskkit import failpoints
 from taskkit.errors import RunCancelled, SubmitError, TaskkitError
 from taskkit.registry import TaskDefinition
 from taskkit.runner import capture
@@ -50,6 +51,7 @@ class Runner:
     def run(self) -> int:
         """Work until retired; return the exit code."""
         try:
+            failpoints.hit("runner.hello")
             self._emitter.send(Hello(runner=self._spec.id, pid=os.getpid()))
             if self._spec.concurrency > 1:
                 anyio.run(self._serve_shared, backend=self._spec.loop)
@@ -152,7 +154,9 @@ class Runner:
         """Say `Started`, then return the attempt, or its end when it cannot begin."""
         if self._spec.concurrency == 1:
             capture.begin(start.token)
+        failpoints.hit("runner.starting")
         self._emitter.send(Started(token=start.token))
+        failpoints.hit("runner.started")
         definition = self._tasks.get(start.task)
         if definition is None:
             missing = TaskkitError(f"the code of this runner has no task {start.task!r}; reload it")
@@ -173,10 +177,10 @@ class Runner:
 
     def _create(self, order: Create) -> Created:
         # Imported here: only intake runners need Django's form of validation.
-        from taskkit.intake import create
+        from taskkit.intake import save
 
         try:
-            return Created(ask=order.ask, row=create(self._tasks[order.task], order.fields))
+            return save(self._tasks[order.task], order.fields, order.submission, ask=order.ask)
         except SubmitError as error:
             if error.errors:
                 return Created(ask=order.ask, errors=error.errors)

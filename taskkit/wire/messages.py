@@ -150,11 +150,15 @@ class Cancel(Message, frozen=True):
 
 
 class Create(Message, frozen=True):
-    """Validate and save a row of a model task (intake runners only); answered by `Created` with the same `ask`."""
+    """Validate and save a row of a model task (intake runners only); answered by `Created` with the same `ask`.
+
+    `submission`, still without its row, goes to the outbox in the row's own transaction.
+    """
 
     ask: str
     task: str
     fields: dict[str, Any]
+    submission: Submit
 
 
 class Retire(Message, frozen=True):
@@ -215,10 +219,16 @@ class Finished(Message, frozen=True):
 
 
 class Created(Message, frozen=True):
-    """Answer to `Create`: the saved row, or messages by field, or a failure that is not the caller's."""
+    """Answer to `Create`: the saved row, or messages by field, or a failure that is not the caller's.
+
+    `run` is the id of the submission that the row was saved for: the one asked about, or an earlier one with its
+    idempotency key. `using` is the alias of the database that has its outbox entry.
+    """
 
     ask: str
     row: Row | None = None
+    run: str = ""
+    using: str = "default"
     errors: dict[str, str] = {}
     failure: TaskFailure | None = None
 
@@ -317,13 +327,14 @@ class RunnerUp(Message, frozen=True):
     """A runner exists. Descriptors: events (read end), output (read end), orders.
 
     Sent again to a new gateway for every runner that is not drained, in front of its `Exited` if it has died.
-    `adopted` is true then.
+    `adopted` is true then. One that is `retiring` gets no further run: it is of older code.
     """
 
     spec: RunnerSpec
     pid: int
     started_at: float
     adopted: bool = False
+    retiring: bool = False
 
 
 class Exited(Message, frozen=True):
@@ -337,10 +348,6 @@ class Link(Message, frozen=True):
     """A fresh socket to the other side (courier or gateway) comes along; an older one is void."""
 
 
-class Unlink(Message, frozen=True):
-    """The other side died; its socket is void until the next `Link`."""
-
-
 class Drain(Message, frozen=True):
     """Stop claiming and ask open attempts to stop; their runs go back to READY, uncounted.
 
@@ -349,6 +356,23 @@ class Drain(Message, frozen=True):
     """
 
     grace: float
+
+
+class Park(Message, frozen=True):
+    """A planned restart: send every stream away with `retry:`, let go of the store, leave. The pipes stay as they are
+    for the next gateway."""
+
+
+class Reconfigure(Message, frozen=True):
+    """The project's code has changed: this is its catalogue now, and the runners in `retire` get no further run.
+
+    Answered by `Reconfigured` with the same `ask` when no run can be given to them any more.
+    """
+
+    ask: int
+    catalogue: list[TaskInfo]
+    versions: dict[str, str] = {}
+    retire: list[str] = []
 
 
 class EndStreams(Message, frozen=True):
@@ -407,16 +431,43 @@ class Assigned(Message, frozen=True):
     last: bool
 
 
+class Reconfigured(Message, frozen=True):
+    """Answer to `Reconfigure`."""
+
+    ask: int
+
+
+class Stalled(Message, frozen=True):
+    """The store does not take what runners say, so their pipes fill and they wait: deadlines stand still.
+
+    `error` says why; empty when the store takes it again.
+    """
+
+    error: str
+
+
 class Stopped(Message, frozen=True):
-    """Answer to `EndStreams`: everything is committed, every stream has ended."""
+    """Answer to `EndStreams` and `Park`: everything is committed, every stream has ended."""
 
 
 class Beat(Message, frozen=True):
     """The sender's loop turns."""
 
 
-GatewayOrder = Configure | RunnerUp | Exited | Link | Unlink | Drain | EndStreams
-GatewayMessage = GatewayReady | Drained | Deadline | Disarm | Kill | Greeted | Assigned | Stopped | Beat
+GatewayOrder = Configure | RunnerUp | Exited | Link | Drain | Park | Reconfigure | EndStreams
+GatewayMessage = (
+    GatewayReady
+    | Drained
+    | Deadline
+    | Disarm
+    | Kill
+    | Greeted
+    | Assigned
+    | Reconfigured
+    | Stalled
+    | Stopped
+    | Beat
+)
 
 
 # --- supervisor ↔ courier -------------------------------------------------------------------------------------
@@ -432,7 +483,7 @@ class CourierReady(Message, frozen=True):
     node: str = ""
 
 
-CourierOrder = Link | Unlink | Stop
+CourierOrder = Link | Stop
 CourierMessage = CourierReady | Beat
 
 
@@ -440,7 +491,10 @@ CourierMessage = CourierReady | Beat
 
 
 class Submit(Message, frozen=True):
-    """A row of the outbox wants to become the run `id`. Idempotent: the same id again gives the same answer."""
+    """A row of the outbox wants to become the run `id`. Idempotent: the same id again gives the same answer.
+
+    `key` is the idempotency key of a submission over HTTP, `digest` that of the body that came with it.
+    """
 
     id: str
     task: str
@@ -456,6 +510,8 @@ class Submit(Message, frozen=True):
     tags: list[str] = []
     subject: str = ""
     using: str = "default"
+    key: str | None = None
+    digest: bytes = b""
 
 
 class Submitted(Message, frozen=True):
@@ -529,7 +585,7 @@ GatewayToCourier = Submitted | Transition | Ask
 
 
 class Operation(Message, frozen=True):
-    """What the command line asks of a running supervisor: "status", "stop", "restart-gateway"."""
+    """What the command line asks of a running supervisor: "status", "stop", "reload", "restart-gateway"."""
 
     name: str
     now: bool = False
@@ -548,7 +604,7 @@ class ChildStatus(Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class Status(Message, frozen=True):
-    """Answer to every operation."""
+    """Answer to every operation; `error` says why it was not carried out."""
 
     pid: int
     state: str
@@ -559,6 +615,7 @@ class Status(Message, frozen=True):
     children: list[ChildStatus] = []
     versions: dict[str, str] = {}
     notes: list[str] = []
+    error: str = ""
 
 
 OperatorMessage = Operation | Status

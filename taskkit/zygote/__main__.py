@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from taskkit import seqpacket
+from taskkit import failpoints, seqpacket
 from taskkit.errors import SettingsError
 from taskkit.wire.codec import pack, unpack
 from taskkit.wire.messages import (
@@ -94,6 +94,7 @@ def _fork(
 ) -> None:
     """Fork the intermediate process, which forks the children and leaves, so that they become the supervisor's."""
     try:
+        failpoints.hit("zygote.forking")
         pid = os.fork()
     except OSError as error:
         seqpacket.send(control, pack(ForkFailed(ask=order.ask, detail=str(error))))
@@ -128,6 +129,7 @@ def _bear(
             if order.courier:
                 roles.live_as_courier(mine, parent, supervisor, order.state_dir)
             roles.live_as_runner(order.runners[index], mine, parent, supervisor, tasks)
+        failpoints.hit("zygote.born")
         _announce(control, Forked(ask=order.ask, index=index, pid=pid), pid)
 
 

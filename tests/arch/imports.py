@@ -27,6 +27,7 @@ SHARED = (
     "taskkit.identifiers",
     "taskkit.settings",
     "taskkit.linux",
+    "taskkit.failpoints",
     "taskkit.seqpacket",
     "taskkit.channel",
     "taskkit.tokens",

@@ -30,7 +30,7 @@ class Tree:
     def __init__(self) -> None:
         self.asked: list[Operation] = []
 
-    def operate(self, operation: Operation) -> Status:
+    async def operate(self, operation: Operation) -> Status:
         self.asked.append(operation)
         child = ChildStatus(name="gateway", kind="gateway", state="RUNNING", pid=7)
         return Status(
@@ -78,7 +78,7 @@ async def test_status_comes_whole(path: Path, tree: Tree, deadline: Deadline) ->
     with deadline(5):
         status = await ask(channel, "status")
     channel.close()
-    assert msgspec.structs.replace(status, state="after 2") == tree.operate(Operation(name="status"))
+    assert msgspec.structs.replace(status, state="after 2") == await tree.operate(Operation(name="status"))
     assert status.state == "after 1"
 
 

@@ -12,7 +12,7 @@ import pytest
 import trio
 import trio.testing
 
-from supervisor.endings import Endings
+from supervisor.endings import NO_GATEWAY, STALLED, Endings
 from supervisor.runners import Runner
 from taskkit.wire.messages import Cause, Deadline
 from tests import helpers
@@ -89,7 +89,7 @@ async def test_the_dead_and_the_unknown_cannot_be_ended(family: Family, endings:
 
 async def test_a_deadline_ends_its_runner(family: Family, endings: Endings) -> None:
     victim, other = await family.bear(WAITS), await family.bear(WAITS)
-    endings.resume()
+    endings.resume(NO_GATEWAY)
     endings.arm(order(victim, 0.05))
     endings.arm(order(other, 60))
     assert cause(await family.wait_dead(victim)).kind == "timeout"
@@ -101,20 +101,46 @@ async def test_no_deadline_passes_before_a_gateway_is_up(family: Family, endings
     endings.arm(order(runner, 0.0))
     await trio.testing.wait_all_tasks_blocked(0.05)
     assert runner.ordered == ""
-    endings.resume()
+    endings.resume(NO_GATEWAY)
     assert cause(await family.wait_dead(runner)).kind == "timeout"
 
 
 async def test_a_pause_stops_a_deadline_that_is_being_waited_for(family: Family, endings: Endings) -> None:
     runner = await family.bear(WAITS)
-    endings.resume()
+    endings.resume(NO_GATEWAY)
     endings.arm(order(runner, 0.1))
     await trio.testing.wait_all_tasks_blocked()
-    endings.pause()
+    endings.pause(NO_GATEWAY)
     await trio.sleep(0.3)
     assert runner.ordered == ""
-    endings.resume()
+    endings.resume(NO_GATEWAY)
     assert cause(await family.wait_dead(runner)).kind == "timeout"
+
+
+async def test_deadlines_stand_still_until_every_reason_is_gone(family: Family, endings: Endings) -> None:
+    runner = await family.bear(WAITS)
+    endings.arm(order(runner, 0.05))
+    endings.pause(STALLED)
+    endings.resume(NO_GATEWAY)
+    await trio.sleep(0.2)
+    assert runner.ordered == ""
+    endings.resume(STALLED)
+    assert cause(await family.wait_dead(runner)).kind == "timeout"
+
+
+async def test_a_deadline_passes_by_the_clock_it_is_given(family: Family) -> None:
+    """The machine slept: no timer of the loop has passed, but the deadline has."""
+    runner, now = await family.bear(WAITS), [1000.0]
+    async with trio.open_nursery() as nursery:
+        endings = Endings(family.runners, nursery, clock=lambda: now[0])
+        endings.resume(NO_GATEWAY)
+        nursery.start_soon(endings.run)
+        endings.arm(order(runner, 3600.0))
+        await trio.testing.wait_all_tasks_blocked()
+        now[0] += 3601.0
+        endings.arm(order(runner, 7200.0, kind="cancelled"))  # any change makes it look at the clock
+        assert cause(await family.wait_dead(runner)).kind == "timeout"
+        nursery.cancel_scope.cancel()
 
 
 async def test_an_attempt_that_ended_in_time_is_forgotten(family: Family, endings: Endings) -> None:
@@ -122,7 +148,7 @@ async def test_an_attempt_that_ended_in_time_is_forgotten(family: Family, ending
     endings.arm(order(early, 0.01))
     endings.arm(order(late, 0.02))
     endings.disarm(early.spec.id, "t")
-    endings.resume()
+    endings.resume(NO_GATEWAY)
     await family.wait_dead(late)  # its deadline was the later one
     assert early.ordered == ""
 
@@ -130,7 +156,7 @@ async def test_an_attempt_that_ended_in_time_is_forgotten(family: Family, ending
 async def test_deadlines_of_nobody_are_ignored(family: Family, endings: Endings) -> None:
     dead = await family.bear(LEAVES)
     await family.wait_dead(dead)
-    endings.resume()
+    endings.resume(NO_GATEWAY)
     endings.arm(order(dead, 0.0))
     endings.arm(Deadline(runner="nobody", token="t", kind="timeout", after=0.0, grace=0.0))
     await trio.testing.wait_all_tasks_blocked()
@@ -139,7 +165,7 @@ async def test_deadlines_of_nobody_are_ignored(family: Family, endings: Endings)
 
 async def test_the_cause_is_the_kind_of_the_deadline(family: Family, endings: Endings) -> None:
     runner = await family.bear(STUBBORN)
-    endings.resume()
+    endings.resume(NO_GATEWAY)
     endings.arm(order(runner, 0.0, kind="cancelled", grace=0.0))
     told = cause(await family.wait_dead(runner))
     assert (told.kind, told.signal) == ("cancelled", "SIGKILL")

@@ -20,6 +20,7 @@ from supervisor.policy import RestartPolicy
 from supervisor.runners import Runner
 from taskkit.errors import NeverReady, RestartIntensityExceeded
 from taskkit.lifecycle import ProcessState
+from taskkit.settings import LimitSettings
 from taskkit.wire.messages import Configure, Drained, Kill
 from tests.unit.supervisor.conftest import LEAVES, WAITS, Family
 
@@ -51,7 +52,7 @@ say(GatewayReady())
 while True:
     order, fds = hear()
     note(os.getpid(), type(order).__name__, len(fds), getattr(order, "adopted", None))
-    if isinstance(order, EndStreams):
+    if isinstance(order, EndStreams | Park):
         sys.exit(0)
 """
 
@@ -72,6 +73,7 @@ class Office:
         self.changed = trio.Event()
         self.listener = socket.create_server(("127.0.0.1", 0))
         self.gateway = Gateway(
+            limits=LimitSettings(),
             configure=self._configure,
             listener=self.listener,
             runners=runners,
@@ -234,7 +236,7 @@ async def test_what_it_reports_reaches_the_tree(office: Office, nursery_of_gatew
 async def test_silence_and_garbage_are_ended_and_replaced(
     office: Office, nursery_of_gateways: trio.Nursery, monkeypatch: pytest.MonkeyPatch, source: str
 ) -> None:
-    monkeypatch.setattr(room, "BEAT_SECONDS", 0.3)
+    monkeypatch.setattr(office.gateway, "_beat_seconds", 0.3)
     office.program(source)
     with trio.fail_after(20):
         await nursery_of_gateways.start(office.gateway.run)
@@ -277,3 +279,34 @@ async def test_while_stopping_it_may_leave(office: Office) -> None:
             office.gateway.drain(1.0)
     assert (office.gateway.last_exit, office.ups) == ("exit code 0", 1)
     office.gateway.drain(1.0)  # to nobody
+
+
+async def test_a_planned_restart_is_no_death(office: Office, nursery_of_gateways: trio.Nursery) -> None:
+    """The next process is there before the present one is asked to leave, and is told everything."""
+    office.program(SERVES)
+    with trio.fail_after(20):
+        await nursery_of_gateways.start(office.gateway.run)
+        before = office.gateway.child
+        assert await office.gateway.restart()
+    assert before is not None
+    assert str(before.exit) == "exit code 0"
+    assert (office.ups, office.downs, office.gateway.policy.restarts) == (2, 1, 0)
+    await office.until(lambda: [note[1] for note in office.notes].count("Configure") == 2)
+    pids = {note[0] for note in office.notes}
+    assert len(pids) == 2
+
+
+async def test_one_that_does_not_leave_when_asked_is_killed(
+    office: Office, nursery_of_gateways: trio.Nursery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(room, "PARK_SECONDS", 0.3)
+    office.program("say(GatewayReady())\nwhile True: hear()")
+    with trio.fail_after(20):
+        await nursery_of_gateways.start(office.gateway.run)
+        assert await office.gateway.restart()
+    assert office.gateway.last_exit == "SIGKILL"
+    assert office.ups == 2
+
+
+async def test_without_a_gateway_there_is_nothing_to_restart(office: Office) -> None:
+    assert not await office.gateway.restart()

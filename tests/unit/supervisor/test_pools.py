@@ -12,6 +12,7 @@ import trio.testing
 
 from supervisor.child import Child
 from supervisor.config import Config
+from supervisor.policy import RestartPolicy
 from supervisor.pools import INTAKE, Pool, Pools, pools_of
 from supervisor.runners import Ends, Runner, Runners
 from supervisor.zygote_client import ForkError
@@ -67,7 +68,7 @@ class World:
 
 @pytest.fixture
 def pool() -> Pool:
-    return Pool("default", PoolSettings(runners=6, standby=2))
+    return Pool("default", PoolSettings(runners=6, standby=2), RestartPolicy(intensity=None))
 
 
 @pytest.fixture
@@ -195,7 +196,7 @@ async def test_after_stop_nobody_is_made(world: World, autojump_clock: Clock) ->
 async def test_one_pools_trouble_is_not_anothers(autojump_clock: Clock, tmp_path: Path) -> None:
     settings = PoolSettings(runners=2, standby=0)
     async with trio.open_nursery() as nursery:
-        world = World(nursery, tmp_path, [Pool("default", settings), Pool("other", settings)])
+        world = World(nursery, tmp_path, [Pool(name, settings, RestartPolicy(intensity=None)) for name in ("default", "other")])
         await world.run()
         sick = world.living("default")[0]
         for _ in range(8):

@@ -19,10 +19,10 @@ from taskkit import linux, seqpacket
 from taskkit.channel import Channel
 from taskkit.errors import CorruptFrame, RemoteWireError, UnexpectedMessage
 from taskkit.wire.codec import pack
-from taskkit.wire.messages import Beat, Deadline, Link, Start, Unlink
+from taskkit.wire.messages import Beat, Deadline, Link, Park, Start
 
 Limit = Callable[[float], AbstractContextManager[trio.CancelScope]]
-Words = Link | Unlink | Beat | Start
+Words = Link | Park | Beat | Start
 
 #: Fills a socket's buffer in a few messages.
 BULK = "x" * 60_000

@@ -30,7 +30,6 @@ from taskkit.wire.messages import (
     Submitted,
     Told,
     Transition,
-    Unlink,
 )
 from tests.unit.taskkit.courier.harness import PATIENCE, Tree, receive
 
@@ -414,13 +413,6 @@ def test_garbage_from_the_gateway_ends_that_link_only(linked: Tree) -> None:
     linked.link()
     linked.tell(Ask(ask="q", app="", model="nothing", pk="1"))
     assert linked.expect(Answer).status == "unknown"
-
-
-def test_unlink_closes_the_link(linked: Tree) -> None:
-    assert linked.gateway is not None
-    seqpacket.send(linked.control, codec.pack(Unlink()))
-    with pytest.raises(EOFError):
-        receive(linked.gateway, Beat)
 
 
 def test_a_link_without_a_socket_is_the_supervisors_error(linked: Tree) -> None:
