@@ -38,6 +38,7 @@ from hypercorn.utils import parse_socket_addr
 from starlette.types import ASGIApp, Message
 
 from gateway import problems
+from taskkit import linux
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +55,10 @@ INBOX: Final = 8
 #: unread bytes in it sends RST, which can overtake the answer (RFC 9112 §9.6). nginx's lingering_timeout is
 #: 5 s, for browsers on slow lines; a client that sends more than that fits to read on its own time.
 LINGER: Final = 2.0
+
+#: Seconds that a connection has at a shutdown to bring its first request. Browsers open some in advance, which never
+#: bring one: they hold the shutdown up by as much.
+DRAIN_SECONDS: Final = 0.2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -245,6 +250,7 @@ class Connection:
         self._state = state
         self._ahead = bytearray()
         self._idle = True
+        self._is_fresh = True
         self._broken = False
         self._closed = False
         self._reading = trio.CancelScope(deadline=trio.current_time() + limits.keep_alive_seconds)
@@ -269,9 +275,20 @@ class Connection:
             self._socket.close()
 
     def drain(self) -> None:
-        """End the connection now if no request is under way; otherwise it ends after its answer."""
-        if self._idle:
+        """End the connection now if no request is under way; otherwise it ends after its answer.
+
+        A request that is on its way already is answered, too: a connection that was accepted a moment ago has
+        DRAIN_SECONDS to send it, another one that time to have it read. Closing would reset them.
+        """
+        if not self._idle:
+            return
+        if self._is_fresh or self._has_unread_bytes():
+            self._reading.deadline = min(self._reading.deadline, trio.current_time() + DRAIN_SECONDS)
+        else:
             self._reading.cancel()
+
+    def _has_unread_bytes(self) -> bool:
+        return self._socket.fileno() != -1 and linux.bytes_to_read(self._socket.fileno()) > 0
 
     def abort(self) -> None:
         """End the connection with RST, whatever is under way."""
@@ -298,6 +315,7 @@ class Connection:
         """Feed the protocol until end of file, the end of our side, or a deadline for reading."""
         with self._reading, contextlib.suppress(OSError, trio.ClosedResourceError):
             while data := await self._socket.recv(RECEIVE):
+                self._is_fresh = False
                 while data:
                     # In small pieces: 64 KiB of one-byte chunks keep the parser, and so everybody, busy for 150 ms.
                     for start in range(0, len(data), PIECE):

@@ -118,7 +118,7 @@ class RunnerPipes:
         """Return what the output pipe holds, up to a few pipes' worth, without waiting."""
         parts = []
         for _ in range(_OUTPUT_READS):
-            if not linux.bytes_in_pipe(self.output):
+            if not linux.bytes_to_read(self.output):
                 break
             parts.append(os.read(self.output, PEEK_SIZE))
         return b"".join(parts)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
 import resource
 import secrets
@@ -48,8 +47,8 @@ class Child:
         self.started_at = trio.current_time()
         self.state = ProcessState.STARTING
         self.exit: Exit | None = None
-        self._pidfd = pidfd
-        self._group = group
+        self.pidfd = pidfd
+        self.group = group
         self._watched: trio.Event | None = None
 
     def happen(self, event: ProcessEvent) -> None:
@@ -67,7 +66,7 @@ class Child:
                 continue
             self._watched = trio.Event()
             try:
-                await trio.lowlevel.wait_readable(self._pidfd)
+                await trio.lowlevel.wait_readable(self.pidfd)
                 self._reap()
             finally:
                 watched, self._watched = self._watched, None
@@ -75,7 +74,7 @@ class Child:
         return self.exit
 
     def _reap(self) -> None:
-        if self._group:
+        if self.group:
             # Before reaping: as long as the leader is a zombie, its group's number cannot be taken by another.
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(self.pid, signal.SIGKILL)
@@ -83,14 +82,15 @@ class Child:
         self.exit = _exit_of(status, usage)
         with contextlib.suppress(Exception):
             self.happen(ProcessEvent.EXIT)
-        trio.lowlevel.notify_closing(self._pidfd)
-        os.close(self._pidfd)
+        trio.lowlevel.notify_closing(self.pidfd)
+        os.close(self.pidfd)
+        self.pidfd = -1
 
     def send_signal(self, number: signal.Signals) -> None:
         """Signal the process; nothing happens when it has ended."""
         if self.exit is None:
             with contextlib.suppress(ProcessLookupError):
-                signal.pidfd_send_signal(self._pidfd, number)
+                signal.pidfd_send_signal(self.pidfd, number)
 
     async def end(self, grace: float) -> Exit:
         """TERM, then KILL after `grace` seconds; return when it is gone. A stopped process dies of KILL, too."""
@@ -113,10 +113,19 @@ def _exit_of(status: int, usage: resource.struct_rusage) -> Exit:
     return Exit(status, usage.ru_maxrss * 1024, usage.ru_utime + usage.ru_stime)
 
 
-@functools.cache
+_mark: list[str] = []
+
+
 def tree_mark() -> str:
     """Return the name of this supervisor's tree, in the environment of whatever it starts for user code."""
-    return f"{os.getpid()}-{secrets.token_hex(8)}"
+    if not _mark:
+        _mark.append(f"{os.getpid()}-{secrets.token_hex(8)}")
+    return _mark[0]
+
+
+def keep_mark(mark: str) -> None:
+    """Go on with the tree of the image before."""
+    _mark[:] = [mark]
 
 
 def spawn(name: str, module: str, arguments: Sequence[str], fds: Sequence[int], *, session: bool) -> Child:

@@ -34,6 +34,11 @@ class OperatorSocket:
         self._uid = uid
         self._operate = operate
 
+    @property
+    def descriptor(self) -> int:
+        """Of the listening socket."""
+        return self._listener.fileno()
+
     async def run(self) -> None:
         """Serve until cancelled."""
         async with trio.open_nursery() as nursery:

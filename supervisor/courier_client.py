@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from typing import Final
 
 import trio
 
+from supervisor import handover
 from supervisor.child import Child
+from supervisor.handover import HeldPeer
 from supervisor.hearing import hear
 from supervisor.policy import LONGEST_DELAY, RestartPolicy
 from supervisor.zygote_client import ForkError
@@ -23,6 +27,16 @@ logger = logging.getLogger("bulkhead.supervisor")
 #: Seconds without a beat after which a courier hangs. A database statement may take long, so ten times its beat and
 #: then some.
 BEAT_SECONDS: Final = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Process:
+    """One courier. A `ready` one has said so to the image before."""
+
+    child: Child
+    channel: Channel[CourierReady | Beat]
+    faults: int
+    ready: bool = False
 
 
 class Courier:
@@ -51,6 +65,8 @@ class Courier:
         self.stopping = False
         self.last_exit = ""
         self._replacing = False
+        self._present: _Process | None = None
+        self._kept: _Process | None = None
 
     @property
     def pids(self) -> set[int]:
@@ -84,33 +100,66 @@ class Courier:
             await trio.sleep(delay)
 
     async def _one(self) -> None:
-        ours, theirs = linux.seqpacket_pair()
-        faults = os.memfd_create("bulkhead-faults", os.MFD_CLOEXEC)
-        channel: Channel[CourierReady | Beat] = Channel(ours, CourierMessage)
+        process, self._kept = self._kept or await self._spawn(), None
+        self._present = process
+        self.child = child = process.child
         try:
-            with theirs:
-                self.child = child = await self._make(theirs.fileno(), faults)
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(child.wait)
-                nursery.start_soon(channel.run)
+                nursery.start_soon(process.channel.run)
                 try:
-                    await self._listen(channel, child)
+                    await self._listen(process)
                 finally:
                     self._channel = None
                     with trio.CancelScope(shield=True):
                         self.last_exit = str(await child.end(2.0))
                     nursery.cancel_scope.cancel()
         finally:
-            channel.close()
-            os.close(faults)
+            self._present = None
+            process.channel.close()
+            os.close(process.faults)
 
-    async def _listen(self, channel: Channel[CourierReady | Beat], child: Child) -> None:
-        while (message := await hear(channel, child, BEAT_SECONDS)) is not None:
+    async def _spawn(self) -> _Process:
+        ours, theirs = linux.seqpacket_pair()
+        faults = os.memfd_create("bulkhead-faults", os.MFD_CLOEXEC)
+        try:
+            with theirs:
+                child = await self._make(theirs.fileno(), faults)
+        except BaseException:
+            ours.close()
+            os.close(faults)
+            raise
+        return _Process(child, Channel(ours, CourierMessage), faults)
+
+    async def _listen(self, process: _Process) -> None:
+        if process.ready:
+            self._is_up(process)
+        while (message := await hear(process.channel, process.child, BEAT_SECONDS)) is not None:
             if isinstance(message, CourierReady):
-                child.happen(ProcessEvent.READY)
-                self.policy.ready(trio.current_time())
-                self._channel = channel
-                self.link()
+                self._is_up(process)
+
+    def _is_up(self, process: _Process) -> None:
+        process.child.happen(ProcessEvent.READY)
+        self.policy.ready(trio.current_time())
+        self._channel = process.channel
+        self.link()
+
+    @property
+    def is_starting(self) -> bool:
+        """Whether a process is there, or is being made, that has not said that it turns."""
+        return self._present is not None and self._channel is None
+
+    def hold(self) -> HeldPeer | None:
+        """Return the present process for another image of this program, if there is one that turns."""
+        if self._present is None or self._channel is None or not self._channel.is_calm:
+            return None
+        return HeldPeer(handover.hold(self._present.child), self._channel.descriptor, self._present.faults)
+
+    def keep(self, held: HeldPeer) -> None:
+        """Go on with the courier of the image before; call in front of `run`."""
+        child = Child(held.child.name, held.child.pid, held.child.pidfd, group=held.child.group)
+        channel: Channel[CourierReady | Beat] = Channel(socket.socket(fileno=held.control), CourierMessage)
+        self._kept = _Process(child, channel, held.faults, ready=True)
 
     async def replace(self, grace: float) -> None:
         """Put another process, of the present zygote's code, in its place; return when the old one has left."""

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import os
 import resource
 import signal
+import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import trio
 
-from supervisor import listener, state
+from supervisor import handover, listener, state
+from supervisor.child import keep_mark
 from supervisor.config import Config
 from supervisor.control import OperatorSocket
+from supervisor.handover import HandOver
 from supervisor.notify import notify
 from supervisor.reload import check_migrations
 from supervisor.tree import Ground, Tree
@@ -44,21 +48,31 @@ def _place(config: Config, settings: Settings) -> Path:
 
 
 async def _serve(config: Config, on_ready: OnReady | None, on_stopping: OnStopping | None) -> None:
-    zygote = Zygote(config)
+    kept = handover.take()
+    if kept is not None:
+        keep_mark(kept.mark)
+    zygote = Zygote(config, None if kept is None else (kept.zygote, kept.ready))
     async with trio.open_nursery() as zygote_nursery:
         ready: ZygoteReady = await zygote_nursery.start(zygote.run)
-        check_migrations(ready)
+        if kept is None:
+            check_migrations(ready)
         settings = _resolve(config, ready)
         path = _place(config, settings)
         directory = state.StateDirectory(path)
-        directory.acquire()
+        if kept is None:
+            directory.acquire()
+        else:
+            directory.keep(kept.lock)
         try:
             load_or_create_key(Path(settings.key_file or path / state.KEY))
-            sock, url = await listener.listen(settings, path)
-            with sock:
+            with contextlib.ExitStack() as stack:
+                sock, url = await _listen(settings, path, kept)
+                operator = _listen_operator(path, kept)
+                stack.enter_context(sock)
+                stack.enter_context(operator)
                 resolve = functools.partial(_resolve, config)
-                ground = Ground(config, ready, settings, directory, sock, url, resolve)
-                await _live(ground, zygote, on_ready, on_stopping)
+                ground = Ground(config, ready, settings, directory, sock, url, resolve, operator, kept)
+                await _live(ground, zygote, None if kept is not None else on_ready, on_stopping)
         finally:
             if settings.uds is not None:
                 listener.remove_unix(settings.uds)
@@ -66,17 +80,29 @@ async def _serve(config: Config, on_ready: OnReady | None, on_stopping: OnStoppi
         zygote_nursery.cancel_scope.cancel()
 
 
+async def _listen(settings: Settings, path: Path, kept: HandOver | None) -> tuple[socket.socket, str]:
+    if kept is not None:
+        return socket.socket(fileno=kept.listener), kept.url
+    return await listener.listen(settings, path)
+
+
+def _listen_operator(path: Path, kept: HandOver | None) -> socket.socket:
+    if kept is not None:
+        return socket.socket(fileno=kept.operator)
+    return listener.listen_seqpacket(path / state.CONTROL_SOCKET)
+
+
 async def _live(
     ground: Ground, zygote: Zygote, on_ready: OnReady | None, on_stopping: OnStopping | None
 ) -> None:
-    operator = listener.listen_seqpacket(ground.directory.path / state.CONTROL_SOCKET)
     async with trio.open_nursery() as nursery:
         tree = Tree(ground, zygote, nursery)
         linux.set_not_dumpable()  # from here on, /proc/self is closed to ourselves as well
         try:
-            nursery.start_soon(OperatorSocket(operator, os.getuid(), tree.operate).run)
-            nursery.start_soon(_watch_signals, tree)
-            nursery.start_soon(_watch_hangups, tree)
+            nursery.start_soon(OperatorSocket(ground.operator, os.getuid(), tree.operate).run)
+            for watch in (_watch_signals, _watch_hangups, _watch_upgrades):
+                await nursery.start(watch, tree)
+            handover.hear_signals()
             await _start_unless_stopped(tree)
             if not tree.stop_requested.is_set():
                 notify(READY=1, STATUS=f"serving {ground.url}", MAINPID=os.getpid())
@@ -88,21 +114,30 @@ async def _live(
                 on_stopping("stopping")
             await tree.stop()
         finally:
-            operator.close()
             tree.close()
             nursery.cancel_scope.cancel()
 
 
-async def _watch_signals(tree: Tree) -> None:
+async def _watch_upgrades(tree: Tree, *, task_status: trio.TaskStatus[None]) -> None:
+    with trio.open_signal_receiver(signal.SIGUSR2) as signals:
+        task_status.started()
+        async for _ in signals:
+            if error := await tree.upgrade():
+                logger.error("upgrade: %s", error)
+
+
+async def _watch_signals(tree: Tree, *, task_status: trio.TaskStatus[None]) -> None:
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+        task_status.started()
         async for _ in signals:
             tree.request_stop(now=False)
 
 
-async def _watch_hangups(tree: Tree) -> None:
+async def _watch_hangups(tree: Tree, *, task_status: trio.TaskStatus[None]) -> None:
     """Reload at HUP; but the kernel also sends it when the terminal of a foreground tree is closed."""
     had_terminal = _has_terminal()
     with trio.open_signal_receiver(signal.SIGHUP) as signals:
+        task_status.started()
         async for _ in signals:
             if had_terminal and not _has_terminal():
                 tree.request_stop(now=False)

@@ -69,5 +69,13 @@ class DeadlineLedger:
             del self._at[key]
         return [Due(*key, grace) for _, key, grace in passed]
 
+    def held(self) -> list[tuple[float, Due]]:
+        """Return all deadlines with their moments, for another ledger to `keep`; those of a pause as it began."""
+        return [(at, Due(*key, grace)) for key, (at, grace) in self._at.items()]
+
+    def keep(self, held: list[tuple[float, Due]]) -> None:
+        """Take over the deadlines of another ledger."""
+        self._at |= {(due.runner, due.token, due.kind): (at, due.grace) for at, due in held}
+
     def __len__(self) -> int:
         return len(self._at)

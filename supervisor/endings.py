@@ -10,7 +10,7 @@ from typing import Final
 import trio
 
 from supervisor.child import Child
-from supervisor.deadlines import DeadlineLedger
+from supervisor.deadlines import DeadlineLedger, Due
 from supervisor.runners import Runners
 from taskkit import failpoints, linux
 from taskkit.wire.messages import Deadline
@@ -23,6 +23,9 @@ STOPPING: Final = "the tree stops"
 #: Seconds between looks at the clock. Deadlines pass by CLOCK_BOOTTIME, which goes on while the machine sleeps;
 #: the timers of the event loop do not.
 _LOOK_SECONDS: Final = 30.0
+
+#: Seconds until KILL for a runner that the image before had sent TERM.
+_KEPT_GRACE: Final = 1.0
 
 logger = logging.getLogger("bulkhead.supervisor")
 
@@ -69,6 +72,24 @@ class Endings:
         if not self._paused:
             self._ledger.resume(self._clock())
             self._changed.set()
+
+    @property
+    def stalled(self) -> bool:
+        """Whether deadlines stand still because the store takes nothing."""
+        return STALLED in self._paused
+
+    def held(self) -> list[tuple[float, Due]]:
+        """Return the deadlines for another image of this program."""
+        return self._ledger.held()
+
+    def keep(self, held: list[tuple[float, Due]], *, stalled: bool) -> None:
+        """Go on with the deadlines of the image before, and with what it had begun to end."""
+        self._ledger.keep(held)
+        if stalled:
+            self.pause(STALLED)
+        for runner in list(self._runners.all.values()):
+            if runner.ordered:
+                self.end(runner.spec.id, runner.ordered, _KEPT_GRACE)
 
     def end(self, id: str, kind: str, grace: float, detail: str = "") -> None:
         """TERM a runner, and KILL it `grace` seconds later; with a grace of 0 only KILL."""

@@ -12,7 +12,9 @@ from typing import Final
 
 import trio
 
+from supervisor import handover
 from supervisor.child import Child, spawn
+from supervisor.handover import HeldPeer
 from supervisor.hearing import hear
 from supervisor.policy import RestartPolicy
 from supervisor.runners import Runner
@@ -160,6 +162,19 @@ class Gateway:
                 await self._changed.wait()
             await self.until_up()
         return self.up and self.child is not leaving
+
+    def hold(self) -> HeldPeer | None:
+        """Return the present process for another image of this program; None unless it serves and all is said."""
+        if self._present is None or not self.up or self._parking or not self._present.channel.is_calm:
+            return None
+        return HeldPeer(handover.hold(self._present.child), self._present.channel.descriptor)
+
+    def keep(self, held: HeldPeer) -> None:
+        """Go on with the gateway of the image before; call in front of `run`."""
+        child = Child(held.child.name, held.child.pid, held.child.pidfd, group=held.child.group)
+        self._next = _Process(
+            child, Channel(socket.socket(fileno=held.control), GatewayMessage), serving=True
+        )
 
     async def until_up(self) -> None:
         """Return when one serves; the caller has a deadline."""

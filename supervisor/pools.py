@@ -79,9 +79,10 @@ class Pools:
         self._looked = trio.Event()
         self._stopped = False
 
-    def stop(self) -> None:
-        """Make no further runner."""
-        self._stopped = True
+    def stop(self, stopped: bool = True) -> None:
+        """Make no further runner; with False, make them again."""
+        self._stopped = stopped
+        self.look()
 
     def use(self, pools: Sequence[Pool]) -> None:
         """Keep these pools from now on; a pool that stays keeps its past."""

@@ -15,10 +15,11 @@ from typing import Final
 import msgspec
 import trio
 
-from supervisor import memory
+from supervisor import handover, memory
 from supervisor.causes import Death, classify
 from supervisor.child import Child, Exit, spawn
 from supervisor.config import Config
+from supervisor.handover import HeldRunner
 from taskkit import failpoints, linux, seqpacket
 from taskkit.lifecycle import ProcessEvent, ProcessState
 from taskkit.settings import PoolSettings, Settings
@@ -125,6 +126,38 @@ class Runner:
             adopted=adopted,
             retiring=self.outdated,
         )
+
+    def hold(self) -> HeldRunner:
+        """Return it for another image of this program."""
+        return HeldRunner(
+            spec=self.spec,
+            child=handover.hold(self.child),
+            near=self.ends.near,
+            faults=self.ends.faults,
+            pipe_size=self.ends.pipe_size,
+            started_at=self.started_at,
+            retired=self.retired,
+            used=self.used,
+            outdated=self.outdated,
+            ordered=self.ordered,
+            detail=self.detail,
+            exited=self.exited,
+        )
+
+
+def _of(held: HeldRunner) -> Runner:
+    return Runner(
+        spec=held.spec,
+        child=held.child.child(),
+        ends=Ends(held.near, (-1, -1, -1), held.faults, held.pipe_size),
+        started_at=held.started_at,
+        retired=held.retired,
+        used=held.used,
+        outdated=held.outdated,
+        ordered=held.ordered,
+        detail=held.detail,
+        exited=held.exited,
+    )
 
 
 @dataclass(slots=True)
@@ -235,6 +268,13 @@ class Runners:
         self.nursery.start_soon(self._await_death, runner)
         failpoints.hit("runner.registered")
         self.on_up(runner)
+
+    def keep(self, held: Sequence[HeldRunner]) -> None:
+        """Go on with the runners of the image before; the gateway knows them."""
+        for runner in map(_of, held):
+            self.all[runner.spec.id] = runner
+            if runner.exited is None:
+                self.nursery.start_soon(self._await_death, runner)
 
     async def _await_death(self, runner: Runner) -> None:
         left = await runner.child.wait()

@@ -32,6 +32,15 @@ class StateDirectory:
         self.path = path
         self._lock = -1
 
+    @property
+    def lock(self) -> int:
+        """Descriptor of the lock; still this object's."""
+        return self._lock
+
+    def keep(self, lock: int) -> None:
+        """Go on with the lock of the image before."""
+        self._lock = lock
+
     def acquire(self) -> None:
         """Make the directory (0700) and lock it.
 

@@ -23,11 +23,13 @@ from supervisor.config import Config
 from supervisor.courier_client import Courier
 from supervisor.endings import NO_GATEWAY, STALLED, STOPPING, Endings
 from supervisor.gateway_client import Gateway, Report
+from supervisor.handover import HandOver
 from supervisor.notify import notify
 from supervisor.pools import Pools, pools_of
 from supervisor.reload import Parts, Reload
 from supervisor.runners import Runner, Runners, spawn_role
 from supervisor.strays import Strays
+from supervisor.upgrade import Upgrade
 from supervisor.zygote_client import Zygote
 from supervisor.zygote_keeper import ZygoteKeeper
 from taskkit import linux
@@ -73,6 +75,8 @@ class Ground:
     listener: socket.socket
     url: str
     resolve: Callable[[ZygoteReady], Settings]
+    operator: socket.socket
+    kept: HandOver | None = None
 
 
 class Tree:
@@ -92,7 +96,10 @@ class Tree:
         self._changed = trio.Event()
         self.stop_requested = trio.Event()
         self._stop_now = trio.Event()
-        self._poke = listener.bind_poke(ground.directory.path / state.POKE_SOCKET)
+        if ground.kept is not None:
+            self._poke = socket.socket(fileno=ground.kept.poke)
+        else:
+            self._poke = listener.bind_poke(ground.directory.path / state.POKE_SOCKET)
         self._runners = Runners(
             ground.config, ground.settings, ground.directory.path, nursery, self._runner_up, self._runner_died
         )
@@ -122,6 +129,8 @@ class Tree:
             settings=self._settings,
             on_settings=self._use,
         )
+        self._upgrade = Upgrade(pause=self._pools.stop, hold=self._hold)
+        self._finished = trio.Event()  # what an upgrade leaves to do
         self._strays = Strays(self._known_pids, lambda: self._zygote.births)
 
     def _use(self, settings: Settings) -> None:
@@ -134,7 +143,7 @@ class Tree:
     # --- runners -------------------------------------------------------------------------------------------
 
     def _known_pids(self) -> set[int]:
-        known = self._gateway.pids | self._zygote.pids | self._courier.pids
+        known = self._gateway.pids | self._zygote.pids | self._courier.pids | self._upgrade.pids
         return known | {runner.child.pid for runner in self._runners.all.values()}
 
     async def _fork(self, specs: Sequence[RunnerSpec]) -> None:
@@ -230,6 +239,8 @@ class Tree:
         Raises:
           SupervisorError: the gateway does not come up.
         """
+        if self._ground.kept is not None:
+            self._keep(self._ground.kept)
         await self._nursery.start(self._gateway.run)
         self._state = ProcessState.RUNNING
         self._nursery.start_soon(self._strays.run)
@@ -237,6 +248,54 @@ class Tree:
         self._nursery.start_soon(self._zygote.run)
         self._nursery.start_soon(self._courier.run)
         await self._nursery.start(self._pools.run)
+        if self._ground.kept is None:
+            self._finished.set()
+        else:
+            self._nursery.start_soon(self._finish_upgrade)
+
+    # --- another version of this program ---------------------------------------------------------------------
+
+    def _hold(self) -> HandOver | None:
+        """Return everything for another image of this program; None while something is on its way."""
+        zygote, gateway, courier = self._zygote.hold(), self._gateway.hold(), self._courier.hold()
+        busy = self._reload.is_running or self._courier.is_starting or self._zygote.births
+        if zygote is None or gateway is None or busy or self.stop_requested.is_set():
+            return None
+        return HandOver(
+            mark=tree_mark(),
+            lock=self._ground.directory.lock,
+            listener=self._ground.listener.fileno(),
+            url=self._ground.url,
+            poke=self._poke.fileno(),
+            operator=self._ground.operator.fileno(),
+            ready=self._zygote.ready,
+            zygote=zygote,
+            gateway=gateway,
+            courier=courier,
+            runners=[runner.hold() for runner in self._runners.all.values()],
+            deadlines=self._endings.held(),
+            stalled=self._endings.stalled,
+        )
+
+    def _keep(self, kept: HandOver) -> None:
+        """Go on where the image before stopped."""
+        self._gateway.keep(kept.gateway)
+        self._runners.keep(kept.runners)
+        self._endings.keep(kept.deadlines, stalled=kept.stalled)
+        if kept.courier is not None:
+            self._courier.keep(kept.courier)
+
+    async def _finish_upgrade(self) -> None:
+        """Exchange what is still of the old version: the code that was imported, then the gateway."""
+        if not await self.reload():
+            await self._gateway.restart()
+        self._finished.set()
+
+    async def upgrade(self) -> str:
+        """Become the installed version of this program; return why not. If it succeeds, nobody is left to return."""
+        if self._state is not ProcessState.RUNNING or self.stop_requested.is_set():
+            return f"the tree is {self._state.value}"
+        return await self._upgrade.run()
 
     def request_stop(self, *, now: bool) -> None:
         """Begin to stop; a second request, or `now`, waits for nobody."""
@@ -299,6 +358,11 @@ class Tree:
             self.request_stop(now=operation.now)
         elif operation.name == "reload":
             error = await self.reload()
+        elif operation.name == "upgrade":
+            error = await self.upgrade()
+        elif operation.name == "upgraded":
+            await self._finished.wait()
+            error = self._reload.failure
         elif operation.name == "restart-gateway":
             error = (
                 "" if await self._gateway.restart() else "no gateway has taken the place of the one that was"

@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import logging
 import os
+import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
 import trio
 
+from supervisor import handover
 from supervisor.child import Child, spawn
 from supervisor.config import Config
+from supervisor.handover import HeldPeer
 from taskkit import linux
 from taskkit.channel import Channel
 from taskkit.errors import NeverReady, RemoteWireError
@@ -55,8 +58,10 @@ class _Pending:
 class Zygote:
     """A zygote process of one code version."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, kept: tuple[HeldPeer, ZygoteReady] | None = None) -> None:
+        """`kept` is the zygote of the image before, with its first message."""
         self._config = config
+        self._kept = kept
         self._asks = 0
         self._pending: dict[int, _Pending] = {}
         self.child: Child
@@ -74,6 +79,33 @@ class Zygote:
         Raises:
           NeverReady: the project cannot be imported or does not survive a fork; the message has the whole story.
         """
+        ready: ZygoteReady | None = None
+        if self._kept is None:
+            self._spawn()
+        else:
+            ready = self._keep(*self._kept)
+        self.was_spawned = True
+        failure: NeverReady | None = None
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self.child.wait)
+            nursery.start_soon(self._channel.run)
+            try:
+                task_status.started(ready or await self._first_message())
+                self.child.happen(ProcessEvent.READY)
+                await self._listen()
+            except NeverReady as error:
+                failure = error
+            finally:
+                self._fail_pending("the zygote is gone")
+                self._channel.close()
+                with trio.CancelScope(shield=True):
+                    await self.child.end(1.0)
+                nursery.cancel_scope.cancel()
+        if failure is not None:
+            # Out here, because a nursery would wrap it in a group, and whoever catches NeverReady would miss it.
+            raise failure
+
+    def _spawn(self) -> None:
         ours, theirs = linux.seqpacket_pair()
         options = {
             "settings_module": self._config.settings_module,
@@ -89,27 +121,18 @@ class Zygote:
                 [theirs.fileno()],
                 session=True,
             )
-        self.was_spawned = True
         self._channel = Channel(ours, ZygoteMessage)
-        failure: NeverReady | None = None
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(self.child.wait)
-            nursery.start_soon(self._channel.run)
-            try:
-                task_status.started(await self._first_message())
-                self.child.happen(ProcessEvent.READY)
-                await self._listen()
-            except NeverReady as error:
-                failure = error
-            finally:
-                self._fail_pending("the zygote is gone")
-                self._channel.close()
-                with trio.CancelScope(shield=True):
-                    await self.child.end(1.0)
-                nursery.cancel_scope.cancel()
-        if failure is not None:
-            # Out here, because a nursery would wrap it in a group, and whoever catches NeverReady would miss it.
-            raise failure
+
+    def _keep(self, held: HeldPeer, ready: ZygoteReady) -> ZygoteReady:
+        self.child = Child(held.child.name, held.child.pid, held.child.pidfd, group=held.child.group)
+        self._channel = Channel(socket.socket(fileno=held.control), ZygoteMessage)
+        return ready
+
+    def hold(self) -> HeldPeer | None:
+        """Return it for another image of this program; None while a birth is under way, or when it is dead."""
+        if self._pending or self.child.exit is not None or not self._channel.is_calm:
+            return None
+        return HeldPeer(handover.hold(self.child), self._channel.descriptor)
 
     async def _first_message(self) -> ZygoteReady:
         try:

@@ -9,6 +9,7 @@ import trio
 
 from supervisor.child import Child
 from supervisor.config import Config
+from supervisor.handover import HeldPeer
 from supervisor.policy import LONGEST_DELAY, RestartPolicy
 from supervisor.zygote_client import Zygote
 from taskkit import failpoints
@@ -50,11 +51,6 @@ class ZygoteKeeper:
         self.stopping = False
 
     @property
-    def present(self) -> Zygote:
-        """The present zygote; it may have died."""
-        return self._zygote
-
-    @property
     def child(self) -> Child:
         """The present process; it may have died."""
         return self._zygote.child
@@ -64,6 +60,10 @@ class ZygoteKeeper:
         """Of all zygotes that live: none is a stray."""
         known = [zygote for zygote in (self._zygote, *self._others) if zygote.was_spawned]
         return {zygote.child.pid for zygote in known}
+
+    def hold(self) -> HeldPeer | None:
+        """Return the present zygote for another image of this program; None while one imports, or one leaves."""
+        return None if self._others or not self._up.is_set() else self._zygote.hold()
 
     @property
     def births(self) -> int:

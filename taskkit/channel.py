@@ -43,6 +43,16 @@ class Channel(Generic[_M]):
         self._more = trio.Event()
         self.broken = False
 
+    @property
+    def descriptor(self) -> int:
+        """Of the socket; still the channel's."""
+        return self._sock.fileno()
+
+    @property
+    def is_calm(self) -> bool:
+        """Whether nothing waits to be sent."""
+        return not self._queue
+
     def send(self, message: Message, fds: Sequence[int] = ()) -> None:
         """Send `message`, now or as soon as the peer reads; the descriptors stay the caller's.
 

@@ -89,8 +89,8 @@ def set_pipe_size(fd: int, size: int) -> int:
     return fcntl.fcntl(fd, fcntl.F_GETPIPE_SZ)
 
 
-def bytes_in_pipe(fd: int) -> int:
-    """Return how many bytes wait in the pipe, asked at either end."""
+def bytes_to_read(fd: int) -> int:
+    """Return how many bytes wait in the pipe (asked at either end) or in the socket."""
     (count,) = struct.unpack("i", fcntl.ioctl(fd, termios.FIONREAD, b"\0" * 4))
     return int(count)
 

@@ -47,6 +47,8 @@ for command in (
     tree.start,
     tree.stop,
     tree.restart,
+    tree.reload,
+    tree.upgrade,
     tree.status,
     runs.submit,
     runs.follow,

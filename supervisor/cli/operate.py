@@ -52,18 +52,31 @@ class Operator:
         """Close the connection; the tree goes on."""
         self._sock.close()
 
-    def ask(self, name: str, *, now: bool = False) -> Status:
-        """Send one operation, "status" or "stop"; return the answer.
+    def ask(self, name: str, *, now: bool = False, timeout: float = ANSWER_DEADLINE) -> Status:
+        """Send one operation, such as "status" or "stop"; return the answer.
 
         Raises:
-          Unresponsive: there is no answer within ANSWER_DEADLINE, or one that makes no sense.
+          Unresponsive: there is no answer within `timeout` seconds, or one that makes no sense.
         """
-        self._sock.settimeout(ANSWER_DEADLINE)
+        status = self.ask_to_leave(name, now=now, timeout=timeout)
+        if status is None:
+            raise Unresponsive(f"the supervisor (pid {self.pid}) closed the connection without an answer")
+        return status
+
+    def ask_to_leave(
+        self, name: str, *, now: bool = False, timeout: float = ANSWER_DEADLINE
+    ) -> Status | None:
+        """Send one operation that ends the supervisor's program when it succeeds; return its answer, or None.
+
+        Raises:
+          Unresponsive: as `ask`.
+        """
+        self._sock.settimeout(timeout)
         try:
             seqpacket.send(self._sock, codec.pack(Operation(name=name, now=now)))
             received = seqpacket.receive(self._sock)
             if received is None:
-                raise Unresponsive(f"the supervisor (pid {self.pid}) closed the connection without an answer")
+                return None
             payload, fds = received
             seqpacket.close_all(fds)
             status: Status = codec.unpack(payload, Status)

@@ -30,6 +30,10 @@ _READY_DEADLINE: Final = 60.0
 #: Seconds for a tree to stop: stop_grace_seconds 10 + kill_grace_seconds 2 + the drain, doubled for settings.
 _STOP_DEADLINE: Final = 30.0
 
+#: Seconds for an operation that imports the project: 120 until the new zygote must be READY, 30 each for gateway and
+#: pools.
+_OPERATION_DEADLINE: Final = 200.0
+
 Bind = Annotated[str | None, typer.Option(metavar="HOST:PORT", help="Listen here; port 0 takes a free one.")]
 Uds = Annotated[Path | None, typer.Option(metavar="PATH", help="Listen on this Unix socket instead.")]
 Runners = Annotated[int | None, typer.Option(min=1, metavar="N", help="Runs at once in the pool 'default'.")]
@@ -235,14 +239,67 @@ def stop(
         raise typer.Exit(exits.FAILED)
 
 
+def _operate(settings: str | None, state_dir: Path | None, name: str, *, json: bool, done: str) -> None:
+    """Have the running tree carry out an operation that takes its time; say `done`, or what went wrong."""
+    project = connect.choose(settings, state_dir)
+    place = state_dir_for(project, state_dir, exactly=False)
+    operator = operate.connect(place)
+    if operator is None:
+        raise connect.not_running(project, place, state_dir)
+    with operator:
+        found = operator.ask(name, timeout=_OPERATION_DEADLINE)
+    if json:
+        print_json(plain(found))
+    elif found.error:
+        print_error(f"{name}: {found.error}")
+    else:
+        print(done)
+    if found.error:
+        raise typer.Exit(exits.BAD_CONFIGURATION)
+
+
+def reload(settings: SettingsModule = None, state_dir: StateDir = None, json: Json = False) -> None:
+    """Load the project's code anew; runs under way finish on the old, streams go on. If it cannot be
+    imported, the old code serves on, and the exit code is 2."""
+    _operate(
+        settings, state_dir, "reload", json=json, done="Reloaded: the next run is performed by the new code."
+    )
+
+
+def upgrade(settings: SettingsModule = None, state_dir: StateDir = None, json: Json = False) -> None:
+    """Become the installed version of Bulkhead, in place: runs under way go on, streams come back by themselves."""
+    project = connect.choose(settings, state_dir)
+    place = state_dir_for(project, state_dir, exactly=False)
+    operator = operate.connect(place)
+    if operator is None:
+        raise connect.not_running(project, place, state_dir)
+    with operator:
+        found = operator.ask_to_leave("upgrade", timeout=_OPERATION_DEADLINE)
+    if found is None:  # it is another program by now, which has its own operator socket in the same place
+        done = "Upgraded: supervisor, gateway and the code of the next run are of the installed version."
+        _operate(settings, state_dir, "upgraded", json=json, done=done)
+        return
+    if json:
+        print_json(plain(found))
+    else:
+        print_error(f"upgrade: {found.error}")
+    raise typer.Exit(exits.FAILED)
+
+
 def restart(
     settings: SettingsModule = None,
     state_dir: StateDir = None,
     now: Now = False,
     timeout: Timeout = _READY_DEADLINE,
+    gateway: Annotated[
+        bool, typer.Option("--gateway", help="Only the gateway: runs go on, streams come back by themselves.")
+    ] = False,
     json: Json = False,
 ) -> None:
     """Stop the tree, then start it with the arguments of its last `start`."""
+    if gateway:
+        _operate(settings, state_dir, "restart-gateway", json=json, done="Another gateway serves.")
+        return
     project = connect.choose(settings, state_dir)
     flags = flags_of(project, state_dir)
     place = state_dir_for(project, state_dir, exactly=False)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import select
 import threading
+import time
 import uuid
 from collections.abc import Callable
 from typing import Final, TypeVar
@@ -13,6 +15,7 @@ from typing import Final, TypeVar
 import msgspec
 
 from taskkit import failpoints, linux
+from taskkit.runner.encode import failure_of
 from taskkit.wire.codec import pack_runner_frame
 from taskkit.wire.framing import HEADER_SIZE, max_frame
 from taskkit.wire.messages import Event, Finished, Progress, RunnerMessage, TaskFailure
@@ -21,6 +24,11 @@ _Sent = TypeVar("_Sent", bound=RunnerMessage)
 
 #: Bytes that an event's frame has beyond name and data: header, map keys, token. Measured 98; rounded up.
 _OVERHEAD: Final = HEADER_SIZE + 128
+
+#: Seconds to wait for room on the disk for a large result, and between two tries. The task's work is done, and a disk
+#: that is full may be so for a moment; longer than this, its process is of more use elsewhere.
+RESULT_PATIENCE: Final = 30.0
+_RESULT_PAUSE: Final = 0.2
 
 #: Exit code of a runner that cannot write any more because user code closed its descriptors.
 LOST_DESCRIPTORS: Final = 71  # EX_OSERR of sysexits.h
@@ -90,10 +98,28 @@ class Emitter:
         """
         poll = select.poll()
         poll.register(self._fd, select.POLLOUT)
-        return not poll.poll(0) or linux.bytes_in_pipe(self._fd) > self._room
+        return not poll.poll(0) or linux.bytes_to_read(self._fd) > self._room
 
     def blob(self, data: bytes) -> tuple[str, int, str]:
-        """Store a value too large for a frame; return (name, bytes, sha256 in hex). On disk when it returns."""
+        """Store a value too large for a frame; return (name, bytes, sha256 in hex). On disk when it returns.
+
+        Raises:
+          OSError: the disk does not take it; the message names the directory. Nothing is left there.
+        """
+        try:
+            name = self._store(data)
+        except OSError as error:
+            why = f"a value of {len(data)} bytes cannot be stored in the state directory: {error.strerror}"
+            raise OSError(error.errno, why, self._folder()) from error
+        failpoints.hit("runner.blob")
+        return name, len(data), hashlib.sha256(data).hexdigest()
+
+    def _folder(self) -> str | None:
+        with contextlib.suppress(OSError):
+            return os.readlink(f"/proc/self/fd/{self._blobs}")
+        return None
+
+    def _store(self, data: bytes) -> str:
         name = str(uuid.uuid4())
         fd = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600, dir_fd=self._blobs)
         try:
@@ -101,14 +127,13 @@ class Emitter:
             while view:
                 view = view[os.write(fd, view) :]
             os.fsync(fd)
+            os.fsync(self._blobs)
         except BaseException:
             os.unlink(name, dir_fd=self._blobs)
             raise
         finally:
             os.close(fd)
-        os.fsync(self._blobs)
-        failpoints.hit("runner.blob")
-        return name, len(data), hashlib.sha256(data).hexdigest()
+        return name
 
     def event(self, token: str, type: str, data: bytes) -> None:
         """Write an event whose JSON is `data`."""
@@ -126,12 +151,24 @@ class Emitter:
             failure = _cut(message.failure, self.inline_limit)
             message = msgspec.structs.replace(message, failure=failure)
         elif len(message.result) > self.inline_limit:
-            name, size, digest = self.blob(message.result)
-            message = Finished(
-                token=message.token, ending=message.ending, blob=name, size=size, sha256=digest
-            )
+            message = self._with_blob(message)
         self.send(message)
         failpoints.hit("runner.finished")
+
+    def _with_blob(self, message: Finished) -> Finished:
+        """Return `message` with its result in a blob, or with the failure to store it: its work is done by now."""
+        until = time.monotonic() + RESULT_PATIENCE
+        while True:
+            try:
+                name, size, digest = self.blob(message.result)
+            except OSError as error:
+                if time.monotonic() >= until:
+                    return Finished(token=message.token, ending="raised", failure=failure_of(error))
+                time.sleep(_RESULT_PAUSE)
+            else:
+                return Finished(
+                    token=message.token, ending=message.ending, blob=name, size=size, sha256=digest
+                )
 
     def defer(self, action: Callable[[], None]) -> bool:
         """Have `action` called when this thread's call under way ends; return False when there is none.

@@ -585,7 +585,8 @@ GatewayToCourier = Submitted | Transition | Ask
 
 
 class Operation(Message, frozen=True):
-    """What the command line asks of a running supervisor: "status", "stop", "reload", "restart-gateway"."""
+    """What the command line asks of a running supervisor: "status", "stop", "reload", "restart-gateway", "upgrade"
+    (no answer when it succeeds), "upgraded" (answered when what follows an upgrade is done)."""
 
     name: str
     now: bool = False

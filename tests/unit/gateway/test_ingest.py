@@ -48,7 +48,7 @@ def _pipes(runner: HandRunner, *, adopted: bool = False) -> RunnerPipes:
 
 
 def _waiting(pipes: RunnerPipes) -> int:
-    return linux.bytes_in_pipe(pipes.events)
+    return linux.bytes_to_read(pipes.events)
 
 
 def test_looking_takes_nothing(runner: HandRunner, pipes: RunnerPipes, scratch: Scratch) -> None:

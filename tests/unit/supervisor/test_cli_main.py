@@ -28,7 +28,7 @@ from taskkit.following import StreamEvent
 from taskkit.wire.messages import ChildStatus, Status
 
 COMMANDS = [
-    *("run", "demo", "start", "stop", "restart", "status"),
+    *("run", "demo", "start", "stop", "restart", "reload", "upgrade", "status"),
     *("submit", "follow", "tasks", "runs", "runners", "cancel", "logs", "token"),
 ]
 

@@ -35,7 +35,7 @@ def test_tee_copies_and_does_not_consume(pipes: tuple[Pipe, Pipe]) -> None:
     os.write(source[1], b"0123456789")
     assert linux.tee(source[0], target[1], 100) == 10
     assert os.read(target[0], 100) == b"0123456789"
-    assert linux.bytes_in_pipe(source[0]) == 10
+    assert linux.bytes_to_read(source[0]) == 10
     assert os.read(source[0], 100) == b"0123456789"
 
 
@@ -91,7 +91,7 @@ def test_a_pipe_has_the_size_that_is_reported(pipes: tuple[Pipe, Pipe]) -> None:
         os.write(writer, bytes(4096))
     with pytest.raises(BlockingIOError):
         os.write(writer, b"x")
-    assert linux.bytes_in_pipe(reader) == linux.bytes_in_pipe(writer) == size
+    assert linux.bytes_to_read(reader) == linux.bytes_to_read(writer) == size
 
 
 def test_a_size_the_kernel_refuses_leaves_the_pipe_as_it_is(pipes: tuple[Pipe, Pipe]) -> None:

@@ -212,7 +212,7 @@ class Life:
 
     def lines(self, token: str = "tok") -> list[str]:
         """Return what the attempt printed so far."""
-        while linux.bytes_in_pipe(self._ends.near[1]):
+        while linux.bytes_to_read(self._ends.near[1]):
             for found, lines in self._parser.receive(os.read(self._ends.near[1], 65536), 0.0).items():
                 self._lines.setdefault(found, []).extend(lines)
         return [line.text for line in self._lines.get(token, [])]
@@ -225,7 +225,7 @@ class Life:
         while not poll.poll(50):
             self._read(0)
             assert time.monotonic() < end, f"it does not leave: {self.order_of_kinds()}"
-        while linux.bytes_in_pipe(self._ends.near[0]):
+        while linux.bytes_to_read(self._ends.near[0]):
             self._read(0)
         self.code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
         return self.code

@@ -28,7 +28,7 @@ class Captured:
     def lines(self) -> dict[str, list[Line]]:
         """Return the lines since the last call, by token."""
         found: dict[str, list[Line]] = {}
-        while linux.bytes_in_pipe(self._fd):
+        while linux.bytes_to_read(self._fd):
             for token, lines in self._parser.receive(os.read(self._fd, 65536), 0.0).items():
                 found.setdefault(token, []).extend(lines)
         return found

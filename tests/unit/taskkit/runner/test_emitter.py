@@ -42,7 +42,7 @@ class Pipe:
 
     def take(self) -> list[RunnerMessage]:
         """Return what is in the pipe now."""
-        while linux.bytes_in_pipe(self.read):
+        while linux.bytes_to_read(self.read):
             self.data += os.read(self.read, 1 << 20)
         return self.messages()
 
@@ -216,7 +216,7 @@ def test_a_closed_descriptor_is_an_oserror(pipe: Pipe) -> None:
 
 def _fill(pipe: Pipe) -> int:
     sent = 0
-    while linux.bytes_in_pipe(pipe.read) <= pipe.size * 3 // 4:
+    while linux.bytes_to_read(pipe.read) <= pipe.size * 3 // 4:
         sent += 1
         pipe.emitter.send_progress(Progress(token="tok", data=b'{"n":%d}' % sent))
     return sent
@@ -274,7 +274,7 @@ def _stuff(pipe: Pipe, size: int) -> None:
     """Write events of `size` until another one would block, or nearly so."""
     poll = select.poll()
     poll.register(pipe.write, select.POLLOUT)
-    while poll.poll(0) and linux.bytes_in_pipe(pipe.read) + size + 200 < pipe.size - 8192:
+    while poll.poll(0) and linux.bytes_to_read(pipe.read) + size + 200 < pipe.size - 8192:
         pipe.emitter.send(_event(1, size))
     while poll.poll(0):
         pipe.emitter.send(_event(1))

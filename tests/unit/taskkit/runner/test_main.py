@@ -16,7 +16,8 @@ import anyio.lowlevel
 import pytest
 
 from taskkit import RunCancelled, current_run, emit, progress
-from taskkit.wire.messages import Cancel, Create, Created, Finished, Retire, Row, Started
+from taskkit.identifiers import new_run_id
+from taskkit.wire.messages import Cancel, Create, Created, Finished, Retire, Row, Started, Submit
 from tests.conftest import DjangoProject
 from tests.unit.taskkit.runner.life import definition, living, named
 
@@ -675,12 +676,16 @@ def test_an_exception_in_a_shared_pool_ends_only_its_attempt() -> None:
 def test_an_intake_runner_saves_rows(tasks: dict[str, TaskDefinition]) -> None:
     from tests.project.models import Row as Model
 
+    def create(ask: str, task: str, fields: dict[str, Any]) -> Create:
+        submission = Submit(id=new_run_id(), task=task)
+        return Create(ask=ask, task=task, fields=fields, submission=submission)
+
     with living(tasks, role="intake", runs=100) as life:
-        life.order(Create(ask="a", task="proj.Row", fields={"message": "hi", "steps": 2}))
+        life.order(create("a", "proj.Row", {"message": "hi", "steps": 2}))
         made = life.wait_for(Created, where=lambda message: message.ask == "a")
-        life.order(Create(ask="b", task="proj.Row", fields={"message": "x" * 101, "nothing": 1}))
+        life.order(create("b", "proj.Row", {"message": "x" * 101, "nothing": 1}))
         refused = life.wait_for(Created, where=lambda message: message.ask == "b")
-        life.order(Create(ask="c", task="proj.NoSuch", fields={}))
+        life.order(create("c", "proj.NoSuch", {}))
         failed = life.wait_for(Created, where=lambda message: message.ask == "c")
         life.order(Retire())
         assert life.exit() == 0

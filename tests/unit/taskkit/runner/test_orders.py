@@ -21,7 +21,7 @@ from taskkit.runner.emitter import Emitter
 from taskkit.runner.orders import Orders
 from taskkit.wire.codec import pack
 from taskkit.wire.framing import read_frames
-from taskkit.wire.messages import Cancel, Create, Order, Retire, Start, Started
+from taskkit.wire.messages import Cancel, Create, Order, Retire, Start, Started, Submit
 
 
 class Desk:
@@ -61,7 +61,7 @@ def _start(token: str) -> Start:
 
 
 def test_orders_come_in_their_order(desk: Desk) -> None:
-    create = Create(ask="a", task="t", fields={})
+    create = Create(ask="a", task="t", fields={}, submission=Submit(id="s", task="t"))
     desk.give(_start("one"), create, _start("two"))
     assert [desk.orders.next() for _ in range(3)] == [_start("one"), create, _start("two")]
     assert desk.orders.next_nowait() is None

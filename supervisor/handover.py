@@ -1,0 +1,157 @@
+"""What one image of the supervisor leaves to the next: children by pidfd, everything else by descriptor.
+
+execve(2) keeps the pid, the children, the descriptors that are not close-on-exec, the blocked signals. So the new
+image is the same process to everybody, and goes on where the old one stopped.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Final
+
+import msgspec
+from msgspec import Struct
+
+from supervisor.child import Child
+from supervisor.deadlines import Due
+from taskkit import linux
+from taskkit.lifecycle import ProcessState
+from taskkit.wire.messages import Exited, RunnerSpec, ZygoteReady
+
+#: Environment variable with the number of the descriptor that holds all this.
+VARIABLE: Final = "BULKHEAD_HANDOVER"
+
+#: Bytes of a hand-over: a runner takes 300, a catalogue of 1,000 tasks a megabyte.
+_LIMIT: Final = 64 * 1024 * 1024
+
+#: Signals that may come while there is nobody to hear them: they wait.
+_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+
+
+class HeldChild(Struct, frozen=True):
+    """A living child, or one that nobody has reaped yet; `pidfd` is -1 when it is reaped."""
+
+    name: str
+    pid: int
+    pidfd: int
+    group: bool
+    state: ProcessState
+
+    def child(self) -> Child:
+        """Return it as this image's."""
+        child = Child(self.name, self.pid, self.pidfd, group=self.group)
+        child.state = self.state
+        return child
+
+
+class HeldPeer(Struct, frozen=True):
+    """Gateway, zygote or courier: the process and the descriptor of its control socket; `faults` is the courier's."""
+
+    child: HeldChild
+    control: int
+    faults: int = -1
+
+
+class HeldRunner(Struct, frozen=True):
+    """A runner that is not drained."""
+
+    spec: RunnerSpec
+    child: HeldChild
+    near: tuple[int, int, int]
+    faults: int
+    pipe_size: int
+    started_at: float
+    retired: bool
+    used: bool
+    outdated: bool
+    ordered: str
+    detail: str
+    exited: Exited | None
+
+
+class HandOver(Struct, frozen=True, kw_only=True):
+    """Everything. `deadlines` hold readings of CLOCK_BOOTTIME, which is the same for both images."""
+
+    mark: str
+    lock: int
+    listener: int
+    url: str
+    poke: int
+    operator: int
+    ready: ZygoteReady
+    zygote: HeldPeer
+    gateway: HeldPeer
+    courier: HeldPeer | None
+    runners: list[HeldRunner]
+    deadlines: list[tuple[float, Due]]
+    stalled: bool
+
+    def descriptors(self) -> Iterator[int]:
+        """Yield every descriptor that has to survive."""
+        yield from (self.lock, self.listener, self.poke, self.operator)
+        for peer in filter(None, (self.zygote, self.gateway, self.courier)):
+            yield from (peer.child.pidfd, peer.control, peer.faults)
+        for runner in self.runners:
+            yield from (runner.child.pidfd, *runner.near, runner.faults)
+
+
+def hold(child: Child) -> HeldChild:
+    """Return a child as the next image finds it."""
+    return HeldChild(child.name, child.pid, child.pidfd, child.group, child.state)
+
+
+def command_line(argv: Sequence[str]) -> list[str]:
+    """Return the command line of the next image: this one's, without the pipe whose other end has heard READY."""
+    rest = list(argv[1:])
+    if "--ready-fd" in rest:
+        at = rest.index("--ready-fd")
+        del rest[at : at + 2]
+    return [sys.executable, *rest]
+
+
+def leave(handover: HandOver) -> OSError:
+    """Become the next image of this program. Returns only when that failed, and then nothing has changed."""
+    data = msgspec.msgpack.encode(handover)
+    memory = linux.sealed_memfd("bulkhead-handover", data)
+    kept = [fd for fd in (*handover.descriptors(), memory) if fd >= 0]
+    unblocked = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    try:
+        for fd in kept:
+            os.set_inheritable(fd, True)
+        os.execve(
+            sys.executable, command_line(sys.orig_argv), {**os.environ, VARIABLE: f"{memory} {os.getpid()}"}
+        )
+    except OSError as error:
+        for fd in kept:
+            os.set_inheritable(fd, False)
+        signal.pthread_sigmask(signal.SIG_SETMASK, unblocked)
+        os.close(memory)
+        return error
+    raise AssertionError("execve returned")
+
+
+def take() -> HandOver | None:
+    """Return what the image before left to this process, if there was one.
+
+    Raises:
+      msgspec.ValidationError: it was of a version that this one does not understand.
+    """
+    memory, _, pid = os.environ.pop(VARIABLE, "").partition(" ")
+    if pid != str(os.getpid()):
+        return None
+    fd = int(memory)
+    data = linux.read_from_start(fd, _LIMIT)
+    os.close(fd)
+    handover = msgspec.msgpack.decode(data, type=HandOver)
+    for fd in handover.descriptors():
+        if fd >= 0:
+            os.set_inheritable(fd, False)
+    return handover
+
+
+def hear_signals() -> None:
+    """Let through what has been sent since the image before stopped to hear; call with handlers in place."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
