@@ -255,7 +255,7 @@ async def _leave(engine: Engine, hub: Hub, service: _Service, end: _End) -> None
         hub.end_streams()
         service.stop_accepting()
         with trio.move_on_after(_TELL_SECONDS):
-            while engine.book.untold and engine.courier.up:
+            while engine.book.untold and engine.courier.up and not engine.store_error:
                 await engine.round_over()  # each confirmation makes a round
         await service.over()
         await engine.flush()

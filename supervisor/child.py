@@ -11,12 +11,21 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Final
 
 import trio
 
 from supervisor.causes import signal_name
 from taskkit import linux
 from taskkit.lifecycle import ProcessEvent, ProcessState, next_process_state
+
+
+#: Seconds until a child of the zygote's is ours: the process between has one system call left to make.
+_ADOPTION_SECONDS: Final = 5.0
+_ADOPTION_LOOK: Final = 0.002
+
+#: Status of a child that somebody else has reaped: it left with 70, which says that it never came up.
+_NEVER_OURS: Final = 70 << 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,24 +76,38 @@ class Child:
             self._watched = trio.Event()
             try:
                 await trio.lowlevel.wait_readable(self.pidfd)
-                self._reap()
+                await self._reap()
             finally:
                 watched, self._watched = self._watched, None
                 watched.set()
         return self.exit
 
-    def _reap(self) -> None:
+    async def _reap(self) -> None:
+        deadline = trio.current_time() + _ADOPTION_SECONDS
+        while not self._is_ours() and trio.current_time() < deadline:
+            await trio.sleep(_ADOPTION_LOOK)
         if self.group:
             # Before reaping: as long as the leader is a zombie, its group's number cannot be taken by another.
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(self.pid, signal.SIGKILL)
-        _, status, usage = os.wait4(self.pid, 0)
-        self.exit = _exit_of(status, usage)
+        try:
+            _, status, usage = os.wait4(self.pid, 0)
+            self.exit = _exit_of(status, usage)
+        except ChildProcessError:
+            self.exit = Exit(_NEVER_OURS, 0, 0.0)
         with contextlib.suppress(Exception):
             self.happen(ProcessEvent.EXIT)
         trio.lowlevel.notify_closing(self.pidfd)
         os.close(self.pidfd)
         self.pidfd = -1
+
+    def _is_ours(self) -> bool:
+        """Whether its end can be waited for; the zombie stays. One that died at birth may still be its parent's."""
+        try:
+            os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        except ChildProcessError:
+            return False
+        return True
 
     def send_signal(self, number: signal.Signals) -> None:
         """Signal the process; nothing happens when it has ended."""

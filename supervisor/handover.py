@@ -91,11 +91,12 @@ class HandOver(Struct, frozen=True, kw_only=True):
 
     def descriptors(self) -> Iterator[int]:
         """Yield every descriptor that has to survive."""
-        yield from (self.lock, self.listener, self.poke, self.operator)
+        found = [self.lock, self.listener, self.poke, self.operator]
         for peer in filter(None, (self.zygote, self.gateway, self.courier)):
-            yield from (peer.child.pidfd, peer.control, peer.faults)
+            found += (peer.child.pidfd, peer.control, peer.faults)
         for runner in self.runners:
-            yield from (runner.child.pidfd, *runner.near, runner.faults)
+            found += (runner.child.pidfd, *runner.near, runner.faults)
+        yield from (fd for fd in found if fd >= 0)
 
 
 def hold(child: Child) -> HeldChild:
@@ -116,7 +117,7 @@ def leave(handover: HandOver) -> OSError:
     """Become the next image of this program. Returns only when that failed, and then nothing has changed."""
     data = msgspec.msgpack.encode(handover)
     memory = linux.sealed_memfd("bulkhead-handover", data)
-    kept = [fd for fd in (*handover.descriptors(), memory) if fd >= 0]
+    kept = [*handover.descriptors(), memory]
     unblocked = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     try:
         for fd in kept:
@@ -147,8 +148,7 @@ def take() -> HandOver | None:
     os.close(fd)
     handover = msgspec.msgpack.decode(data, type=HandOver)
     for fd in handover.descriptors():
-        if fd >= 0:
-            os.set_inheritable(fd, False)
+        os.set_inheritable(fd, False)
     return handover
 
 

@@ -130,6 +130,7 @@ class Tree:
             on_settings=self._use,
         )
         self._upgrade = Upgrade(pause=self._pools.stop, hold=self._hold)
+        self._stalled = ""
         self._finished = trio.Event()  # what an upgrade leaves to do
         self._strays = Strays(self._known_pids, lambda: self._zygote.births)
 
@@ -186,7 +187,8 @@ class Tree:
 
     def _gateway_down(self) -> None:
         self._endings.pause(NO_GATEWAY)
-        self._endings.resume(STALLED)  # the next gateway finds out by itself
+        self._stalled = ""  # the next gateway finds out by itself
+        self._endings.resume(STALLED)
         self._wake()
 
     def _gateway_says(self, message: Report) -> None:
@@ -202,7 +204,9 @@ class Tree:
         elif isinstance(message, Disarm):
             self._endings.disarm(message.runner, message.token)
         elif isinstance(message, Stalled):
+            self._stalled = message.error
             (self._endings.pause if message.error else self._endings.resume)(STALLED)
+            self._wake()
         elif isinstance(message, Reconfigured):
             self._reload.answered(message)
         elif isinstance(message, Kill):
@@ -313,7 +317,7 @@ class Tree:
         self._gateway.drain(self._settings.limits.stop_grace_seconds)
         await self._until(self._settings.limits.stop_grace_seconds, self._all_dead, unless_now=True)
         await self._end_runners()
-        await self._until(_DRAIN_SECONDS, lambda: not self._runners.all or not self._gateway.up)
+        await self._until(_DRAIN_SECONDS, self._is_drained)
         self._gateway.stopping = True
         self._gateway.send(EndStreams())
         if self._gateway.child is not None:
@@ -338,6 +342,10 @@ class Tree:
             while not condition() and not (unless_now and self._stop_now.is_set()):
                 self._changed = trio.Event()
                 await self._changed.wait()
+
+    def _is_drained(self) -> bool:
+        # What a store does not take is not lost by leaving: these runs are accounted for at the next start.
+        return not self._runners.all or not self._gateway.up or bool(self._stalled)
 
     def _all_dead(self) -> bool:
         # A fork under way becomes a runner that has to be sent home as well.
@@ -398,6 +406,8 @@ class Tree:
     def _notes(self, ready: ZygoteReady) -> Iterator[str]:
         if ready.database_error:
             yield f"database: {ready.database_error}"
+        if self._stalled:
+            yield f"{self._stalled}; tasks wait, and go on by themselves when it can be"
         if self._reload.is_running:
             yield "reload: the project's code is being loaded"
         if self._reload.failure:

@@ -17,6 +17,7 @@ from taskkit.runner import capture
 from taskkit.runner.attempt import Attempt, conclude, perform_async, perform_sync
 from taskkit.runner.emitter import LOST_DESCRIPTORS, Emitter
 from taskkit.runner.encode import failure_of
+from taskkit.runner.leftovers import end_children
 from taskkit.runner.limits import limit_memory
 from taskkit.runner.orders import Orders
 from taskkit.wire.messages import Create, Created, Finished, Hello, RunnerSpec, Start, Started
@@ -73,6 +74,8 @@ class Runner:
                 continue
             self._done += 1
             self._attempt_alone(order)
+            if self._done < self._spec.runs:
+                end_children()
 
     def _attempt_alone(self, start: Start) -> None:
         attempt = self._begin(start)

@@ -6,6 +6,7 @@ import contextlib
 import faulthandler
 import os
 import random
+import resource
 import signal
 import sys
 import time
@@ -32,7 +33,9 @@ class Orphaned(Exception):
 
 def move_descriptors(fds: Iterable[int]) -> list[int]:
     """Move `fds` out of the way of user code and close everything else above stderr; return the new numbers."""
-    moved = [_dup_from(fd, FIRST_DESCRIPTOR) for fd in fds]
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    lowest = FIRST_DESCRIPTOR if soft == resource.RLIM_INFINITY else min(FIRST_DESCRIPTOR, soft // 2)
+    moved = [_dup_from(fd, lowest) for fd in fds]
     keep = sorted(moved)
     for low, high in zip([3, *(fd + 1 for fd in keep)], [*keep, os.sysconf("SC_OPEN_MAX")], strict=True):
         os.closerange(low, high)

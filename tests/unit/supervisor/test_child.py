@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import signal
+import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -14,6 +15,7 @@ import pytest
 import trio
 import trio.testing
 
+from supervisor import child as room
 from supervisor.child import Child, Exit, spawn, tree_mark
 from taskkit import linux
 from taskkit.lifecycle import ProcessState
@@ -251,3 +253,47 @@ def test_no_room_for_a_process_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(sys, "executable", "/nonexistent/python")
     with pytest.raises(OSError):
         spawn("x", "http.server", [], [], session=False)
+
+
+#: Forks twice; the grandchild dies at once, the child leaves after a while, or reaps it first.
+DOUBLE_FORK = """
+import os, sys, time
+grandchild = os.fork()
+if grandchild == 0:
+    os._exit(9)
+print(grandchild, flush=True)
+{then}
+time.sleep(0.3)
+"""
+
+
+async def born_and_dead(then: str) -> tuple[int, int, subprocess.Popen[str]]:
+    """Return pid and pidfd of a dead grandchild that is not ours yet, with the process between."""
+    linux.set_subreaper()
+    between = subprocess.Popen(
+        [sys.executable, "-c", DOUBLE_FORK.format(then=then)], stdout=subprocess.PIPE, text=True
+    )
+    assert between.stdout is not None
+    pid = int(await trio.to_thread.run_sync(between.stdout.readline))
+    return pid, os.pidfd_open(pid), between
+
+
+async def test_one_that_died_before_it_was_ours_is_waited_for(deadline: Deadline) -> None:
+    pid, pidfd, between = await born_and_dead("")
+    with deadline(10):
+        left = await Child("newborn", pid, pidfd).wait()
+    assert str(left) == "exit code 9"
+    with between:
+        pass
+
+
+async def test_one_that_somebody_else_has_reaped_never_came_up(
+    deadline: Deadline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(room, "_ADOPTION_SECONDS", 0.05)
+    pid, pidfd, between = await born_and_dead("time.sleep(0.2); os.waitpid(grandchild, 0)")
+    with deadline(10):
+        left = await Child("newborn", pid, pidfd).wait()
+    assert str(left) == "exit code 70"
+    with between:
+        pass

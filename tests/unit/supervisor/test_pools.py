@@ -196,7 +196,11 @@ async def test_after_stop_nobody_is_made(world: World, autojump_clock: Clock) ->
 async def test_one_pools_trouble_is_not_anothers(autojump_clock: Clock, tmp_path: Path) -> None:
     settings = PoolSettings(runners=2, standby=0)
     async with trio.open_nursery() as nursery:
-        world = World(nursery, tmp_path, [Pool(name, settings, RestartPolicy(intensity=None)) for name in ("default", "other")])
+        world = World(
+            nursery,
+            tmp_path,
+            [Pool(name, settings, RestartPolicy(intensity=None)) for name in ("default", "other")],
+        )
         await world.run()
         sick = world.living("default")[0]
         for _ in range(8):

@@ -1,0 +1,35 @@
+"""Ends the processes that an attempt has left behind in a runner that lives on.
+
+The runner is a subreaper, so whatever an attempt started, daemonised or not, is its child sooner or later. In a
+runner of one run the supervisor does this when the runner has left.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import time
+from typing import Final
+
+from taskkit import linux
+
+#: Seconds for all of them to die. SIGKILL takes effect at once, but for a process that waits inside the kernel.
+_SECONDS: Final = 2.0
+
+_LOOK: Final = 0.001
+
+
+def end_children() -> int:
+    """Kill and reap every child of this process, and theirs as they come to it; return how many were alive."""
+    killed: set[int] = set()
+    deadline = time.monotonic() + _SECONDS
+    while (children := linux.children()) and time.monotonic() < deadline:
+        for pid in children:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+            with contextlib.suppress(ChildProcessError):
+                if os.waitpid(pid, os.WNOHANG) == (0, 0):
+                    killed.add(pid)
+        time.sleep(_LOOK)
+    return len(killed)
