@@ -19,7 +19,6 @@ from supervisor.causes import signal_name
 from taskkit import linux
 from taskkit.lifecycle import ProcessEvent, ProcessState, next_process_state
 
-
 #: Seconds until a child of the zygote's is ours: the process between has one system call left to make.
 _ADOPTION_SECONDS: Final = 5.0
 _ADOPTION_LOOK: Final = 0.002
@@ -76,16 +75,24 @@ class Child:
             self._watched = trio.Event()
             try:
                 await trio.lowlevel.wait_readable(self.pidfd)
-                await self._reap()
+                await self._await_adoption()
+                self._reap()
             finally:
                 watched, self._watched = self._watched, None
                 watched.set()
         return self.exit
 
-    async def _reap(self) -> None:
-        deadline = trio.current_time() + _ADOPTION_SECONDS
-        while not self._is_ours() and trio.current_time() < deadline:
-            await trio.sleep(_ADOPTION_LOOK)
+    async def _await_adoption(self) -> None:
+        """Return when it is ours to reap; one that died at birth may still be its parent's."""
+        with trio.move_on_after(_ADOPTION_SECONDS):
+            while True:
+                # The zombie stays: only whether there is one to wait for is asked.
+                with contextlib.suppress(ChildProcessError):
+                    os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+                    return
+                await trio.sleep(_ADOPTION_LOOK)
+
+    def _reap(self) -> None:
         if self.group:
             # Before reaping: as long as the leader is a zombie, its group's number cannot be taken by another.
             with contextlib.suppress(ProcessLookupError, PermissionError):
@@ -100,14 +107,6 @@ class Child:
         trio.lowlevel.notify_closing(self.pidfd)
         os.close(self.pidfd)
         self.pidfd = -1
-
-    def _is_ours(self) -> bool:
-        """Whether its end can be waited for; the zombie stays. One that died at birth may still be its parent's."""
-        try:
-            os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-        except ChildProcessError:
-            return False
-        return True
 
     def send_signal(self, number: signal.Signals) -> None:
         """Signal the process; nothing happens when it has ended."""

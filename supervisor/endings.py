@@ -13,7 +13,7 @@ from supervisor.child import Child
 from supervisor.deadlines import DeadlineLedger, Due
 from supervisor.runners import Runners
 from taskkit import failpoints, linux
-from taskkit.wire.messages import Deadline
+from taskkit.wire.messages import Deadline, Expired
 
 #: Reasons for which deadlines stand still.
 NO_GATEWAY: Final = "no gateway listens"
@@ -27,6 +27,9 @@ _LOOK_SECONDS: Final = 30.0
 #: Seconds until KILL for a runner that the image before had sent TERM.
 _KEPT_GRACE: Final = 1.0
 
+#: Seconds after which a deadline in a shared process is told of again, at least.
+_EXPIRED_AGAIN: Final = 0.5
+
 logger = logging.getLogger("bulkhead.supervisor")
 
 
@@ -35,11 +38,17 @@ class Endings:
 
     Args:
       clock: returns seconds that go on while the machine sleeps.
+      on_expired: is told of the deadlines of attempts in shared processes, which are not ended for one of them.
     """
 
     def __init__(
-        self, runners: Runners, nursery: trio.Nursery, clock: Callable[[], float] = linux.boottime
+        self,
+        runners: Runners,
+        nursery: trio.Nursery,
+        clock: Callable[[], float] = linux.boottime,
+        on_expired: Callable[[Expired], None] = lambda _: None,
     ) -> None:
+        self._on_expired = on_expired
         self._runners = runners
         self._nursery = nursery
         self._clock = clock
@@ -105,10 +114,23 @@ class Endings:
         while True:
             self._changed = trio.Event()
             for due in self._ledger.due(self._clock()):
-                logger.info("runner %s: %s; ending it", due.runner, due.kind)
-                self.end(due.runner, due.kind, due.grace)
+                if not self._expire(due):
+                    logger.info("runner %s: %s; ending it", due.runner, due.kind)
+                    self.end(due.runner, due.kind, due.grace)
             with trio.move_on_after(min(self._ledger.next() - self._clock(), _LOOK_SECONDS)):
                 await self._changed.wait()
+
+
+    def _expire(self, due: Due) -> bool:
+        """Tell the gateway instead, when others share the attempt's process; once more if it does not disarm."""
+        runner = self._runners.all.get(due.runner)
+        if runner is None or runner.spec.concurrency == 1 or not due.token:
+            return False
+        again = max(due.grace, _EXPIRED_AGAIN)
+        order = Deadline(runner=due.runner, token=due.token, kind=due.kind, after=again, grace=due.grace)
+        self._ledger.arm(order, self._clock())
+        self._on_expired(Expired(runner=due.runner, token=due.token, kind=due.kind))
+        return True
 
 
 async def _end_child(child: Child, grace: float) -> None:

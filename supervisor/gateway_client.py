@@ -36,6 +36,7 @@ from taskkit.wire.messages import (
     Greeted,
     Kill,
     Message,
+    Notes,
     Park,
     Reconfigured,
     Stalled,
@@ -64,6 +65,7 @@ Report = (
     | Assigned
     | Reconfigured
     | Stalled
+    | Notes
     | Stopped
     | Beat
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -13,6 +13,7 @@ from supervisor.policy import RestartPolicy
 from supervisor.pool import PoolCount, wanted
 from supervisor.runners import Runner, Runners
 from supervisor.zygote_client import ForkError
+from taskkit.lifecycle import ProcessState
 from taskkit.settings import PoolSettings, Settings
 from taskkit.wire.messages import RunnerSpec
 
@@ -27,13 +28,14 @@ _INTAKE_ROWS: Final = 1_000
 
 @dataclass
 class Pool:
-    """One pool, with what is on its way."""
+    """One pool, with what is on its way. `trouble`: why its last runner did not come up, or died without work."""
 
     name: str
     settings: PoolSettings
     policy: RestartPolicy
     births: int = 0
     failing: bool = False
+    trouble: str = ""
 
 
 def pools_of(settings: Settings) -> list[Pool]:
@@ -125,12 +127,26 @@ class Pools:
         """Order what is missing; return how many runners are still to come."""
         coming = 0
         for pool in () if self._stopped else self._pools.values():
+            if self._serves(pool):
+                pool.trouble = ""
             number = 0 if pool.failing else wanted(pool.settings, self._count(pool))
             if number:
                 pool.births += number
                 self._nursery.start_soon(self._make, pool, number)
             coming += pool.births
         return coming
+
+    def _serves(self, pool: Pool) -> bool:
+        return any(runner.child.state is not ProcessState.STARTING for runner in self._runners.living(pool.name))
+
+    def notes(self) -> Iterator[str]:
+        """Yield what an operator has to know: pools in which no runner comes up."""
+        for pool in self._pools.values():
+            if pool.trouble and not self._serves(pool):
+                yield (
+                    f"pool {pool.name}: no runner comes up, {pool.policy.restarts} tries within "
+                    f"{pool.policy.period:.0f} s; the last: {pool.trouble}"
+                )
 
     def _count(self, pool: Pool) -> PoolCount:
         living = self._runners.living(pool.name)
@@ -149,7 +165,7 @@ class Pools:
                 await self._fork(specs)
         except (ForkError, OSError) as error:
             logger.warning("pool %s: no new runner: %s", pool.name, error)
-            self._back_off(pool)
+            self._back_off(pool, str(error))
         else:
             # Otherwise failures would add up for good: the ninth lost zygote in a month would cost half a minute.
             pool.policy.ready(trio.current_time())
@@ -161,9 +177,10 @@ class Pools:
         """A runner died before anybody gave it work, so it is not a task's fault: make the next one later."""
         pool = self._pools.get(runner.spec.pool)
         if pool is not None:  # a reload may have removed it
-            self._back_off(pool)
+            self._back_off(pool, "" if runner.exited is None else runner.exited.cause.detail)
 
-    def _back_off(self, pool: Pool) -> None:
+    def _back_off(self, pool: Pool, trouble: str) -> None:
+        pool.trouble = trouble
         if pool.failing:
             return  # those that die together are one failure; a wait for each would end with the shortest
         delay = pool.policy.died(trio.current_time())

@@ -124,7 +124,7 @@ class Runner:
             pid=self.child.pid,
             started_at=self.started_at,
             adopted=adopted,
-            retiring=self.outdated,
+            retiring=self.retired,
         )
 
     def hold(self) -> HeldRunner:

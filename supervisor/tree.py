@@ -46,6 +46,7 @@ from taskkit.wire.messages import (
     Fork,
     Greeted,
     Kill,
+    Notes,
     Operation,
     Reconfigured,
     RunnerSpec,
@@ -107,7 +108,7 @@ class Tree:
         self._pools = Pools(
             pools_of(ground.settings), self._runners, nursery, fork=self._fork, on_made=self._wake
         )
-        self._endings = Endings(self._runners, nursery)
+        self._endings = Endings(self._runners, nursery, on_expired=lambda told: self._gateway.send(told))
         self._gateway = Gateway(
             limits=self._settings.limits,
             configure=self._configuration,
@@ -131,6 +132,7 @@ class Tree:
         )
         self._upgrade = Upgrade(pause=self._pools.stop, hold=self._hold)
         self._stalled = ""
+        self._gateway_notes: list[str] = []
         self._finished = trio.Event()  # what an upgrade leaves to do
         self._strays = Strays(self._known_pids, lambda: self._zygote.births)
 
@@ -207,6 +209,8 @@ class Tree:
             self._stalled = message.error
             (self._endings.pause if message.error else self._endings.resume)(STALLED)
             self._wake()
+        elif isinstance(message, Notes):
+            self._gateway_notes = message.notes
         elif isinstance(message, Reconfigured):
             self._reload.answered(message)
         elif isinstance(message, Kill):
@@ -414,6 +418,8 @@ class Tree:
             yield f"reload: {self._reload.failure}; the code before serves on"
         if self._reload.note:
             yield f"settings: {self._reload.note}"
+        yield from self._pools.notes()
+        yield from self._gateway_notes
 
     def _children(self) -> Iterator[ChildStatus]:
         gateway, courier, zygote = self._gateway, self._courier, self._zygote

@@ -267,19 +267,19 @@ time.sleep(0.3)
 """
 
 
-async def born_and_dead(then: str) -> tuple[int, int, subprocess.Popen[str]]:
+def born_and_dead(then: str) -> tuple[int, int, subprocess.Popen[str]]:
     """Return pid and pidfd of a dead grandchild that is not ours yet, with the process between."""
     linux.set_subreaper()
     between = subprocess.Popen(
         [sys.executable, "-c", DOUBLE_FORK.format(then=then)], stdout=subprocess.PIPE, text=True
     )
     assert between.stdout is not None
-    pid = int(await trio.to_thread.run_sync(between.stdout.readline))
+    pid = int(between.stdout.readline())
     return pid, os.pidfd_open(pid), between
 
 
 async def test_one_that_died_before_it_was_ours_is_waited_for(deadline: Deadline) -> None:
-    pid, pidfd, between = await born_and_dead("")
+    pid, pidfd, between = born_and_dead("")
     with deadline(10):
         left = await Child("newborn", pid, pidfd).wait()
     assert str(left) == "exit code 9"
@@ -291,7 +291,7 @@ async def test_one_that_somebody_else_has_reaped_never_came_up(
     deadline: Deadline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(room, "_ADOPTION_SECONDS", 0.05)
-    pid, pidfd, between = await born_and_dead("time.sleep(0.2); os.waitpid(grandchild, 0)")
+    pid, pidfd, between = born_and_dead("time.sleep(0.2); os.waitpid(grandchild, 0)")
     with deadline(10):
         left = await Child("newborn", pid, pidfd).wait()
     assert str(left) == "exit code 70"
