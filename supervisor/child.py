@@ -85,12 +85,15 @@ class Child:
     async def _await_adoption(self) -> None:
         """Return when it is ours to reap; one that died at birth may still be its parent's."""
         with trio.move_on_after(_ADOPTION_SECONDS):
-            while True:
-                # The zombie stays: only whether there is one to wait for is asked.
-                with contextlib.suppress(ChildProcessError):
-                    os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-                    return
-                await trio.sleep(_ADOPTION_LOOK)
+            while not self._is_ours():
+                await trio.sleep(_ADOPTION_LOOK)  # noqa: ASYNC110 - the kernel tells nobody
+
+    def _is_ours(self) -> bool:
+        try:  # the zombie stays: only whether there is one to wait for is asked
+            os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        except ChildProcessError:
+            return False
+        return True
 
     def _reap(self) -> None:
         if self.group:

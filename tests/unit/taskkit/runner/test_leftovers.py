@@ -1,4 +1,4 @@
-"""What an attempt left behind ends with it, daemonised or not; played by a process that is a subreaper like a runner."""
+"""What an attempt left behind ends with it, daemonised or not; a process plays the runner."""
 
 from __future__ import annotations
 
@@ -31,7 +31,8 @@ elif way == "daemons":
 elif way == "tree":
     if os.fork() == 0:
         sleeper(); sleeper(); time.sleep(60)
-    while len(linux.children()) < 1 or not open(f"/proc/{min(linux.children())}/task/{min(linux.children())}/children").read().split()[1:]:
+    (child,) = linux.children()
+    while len(open(f"/proc/{child}/task/{child}/children").read().split()) < 2:
         time.sleep(0.001)
     started = 3
 elif way == "zombies":
