@@ -85,8 +85,8 @@ class Child:
     async def _await_adoption(self) -> None:
         """Return when it is ours to reap; one that died at birth may still be its parent's."""
         with trio.move_on_after(_ADOPTION_SECONDS):
-            while not self._is_ours():
-                await trio.sleep(_ADOPTION_LOOK)  # noqa: ASYNC110 - the kernel tells nobody
+            while not self._is_ours():  # noqa: ASYNC110 - the kernel tells nobody
+                await trio.sleep(_ADOPTION_LOOK)
 
     def _is_ours(self) -> bool:
         try:  # the zombie stays: only whether there is one to wait for is asked

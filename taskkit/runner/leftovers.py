@@ -26,10 +26,9 @@ def end_children() -> int:
     deadline = time.monotonic() + _SECONDS
     while (children := linux.children()) and time.monotonic() < deadline:
         for pid in children:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-            with contextlib.suppress(ChildProcessError):
+            with contextlib.suppress(ChildProcessError):  # a thread of the task's may be waiting for it
                 if os.waitpid(pid, os.WNOHANG) == (0, 0):
+                    os.kill(pid, signal.SIGKILL)
                     killed.add(pid)
         time.sleep(_LOOK)
     return len(killed)
