@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json as json_module
 import os
 from collections.abc import Sequence
@@ -87,6 +88,12 @@ def _greeting(status: Status, flags: str) -> str:
     )
 
 
+def _say(text: str) -> None:
+    """Print, unless the terminal has gone: a tree must end in its order all the same."""
+    with contextlib.suppress(OSError):
+        print(text, flush=True)
+
+
 def run(
     settings: SettingsModule = None,
     bind: Bind = None,
@@ -120,17 +127,17 @@ def run(
         if json:
             print_json(plain(status))
         elif not quiet:
-            print(_greeting(status, flags_of(project, state_dir)), flush=True)
+            _say(_greeting(status, flags_of(project, state_dir)))
 
     def stopping(_: str) -> None:
         if not (quiet or json):
-            print("Stopping (Ctrl-C again: at once)...", flush=True)
+            _say("Stopping (Ctrl-C again: at once)...")
 
     from supervisor.daemon import serve  # trio: 0.2 s that the other commands do not need
 
     serve(config, on_ready=ready, on_stopping=stopping)
     if not (quiet or json):
-        print("Stopped.", flush=True)
+        _say("Stopped.")
 
 
 def _launch(arguments: Sequence[str], cwd: str, state_dir: Path, timeout: float) -> Status:

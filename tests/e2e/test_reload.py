@@ -190,3 +190,23 @@ def test_a_gateway_restart_under_load_refuses_nobody(tree: Tree, site: Site) -> 
     print(
         f"RECORD gateway restarts: {len(submitter.runs)} submissions, cut {len(submitter.errors)}, refused 0"
     )
+
+
+def test_a_foreground_tree_ends_with_its_terminal(tmp_path: Path) -> None:
+    """The kernel sends the same signal then as people do for a reload."""
+    tree = Tree(tmp_path / "state", settings=None, runners=1)
+    terminal, other = os.openpty()
+    process = subprocess.Popen(
+        tree.command(),
+        env=tree.environment(),
+        preexec_fn=lambda: os.login_tty(other),
+    )
+    try:
+        os.close(other)
+        operator = tmp_path / "state" / "control.sock"
+        eventually(operator.exists, 30, "a tree that starts")
+        os.close(terminal)
+        assert process.wait(20) == 0
+    finally:
+        process.kill()
+        process.wait()
