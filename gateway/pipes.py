@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
@@ -20,6 +21,9 @@ from taskkit.wire.messages import Finished, Order, RunnerSpec
 #: Seconds that a pipe rests when a round found no whole frame in it, first and longest: it stays readable, and
 #: asking again at once would burn a core.
 _REST: Final = (0.005, 0.05)
+
+#: Seconds until an order that a runner's socket did not take is given again.
+_AGAIN: Final = 0.05
 
 
 @dataclass(slots=True)
@@ -45,6 +49,7 @@ class Pipes:
         self._all: dict[str, RunnerPipes] = {}
         self._by_fd: dict[int, str] = {}
         self._resting: dict[str, _Rest] = {}
+        self._unsent: dict[str, deque[Order]] = {}
         self._poller = Poller()
         self._scratch = Scratch()
 
@@ -66,14 +71,16 @@ class Pipes:
         await trio.lowlevel.wait_readable(self._poller.fileno())
 
     def next_look(self) -> float | None:
-        """Return when a resting pipe has to be looked at again (trio time)."""
-        return min((rest.until for rest in self._resting.values()), default=None)
+        """Return when a resting pipe has to be looked at again, or an order has to be given again (trio time)."""
+        again = [trio.current_time() + _AGAIN] if self._unsent else []
+        return min((*again, *(rest.until for rest in self._resting.values())), default=None)
 
     # --- looking -------------------------------------------------------------------------------------------
 
     def look(self) -> list[tuple[str, int]]:
         """Read what runners have said into the book; return how many bytes of whose pipe that were."""
         now = trio.current_time()
+        self._give_again()
         for id, rest in self._resting.items():
             if rest.until <= now:
                 rest.until = float("inf")
@@ -148,12 +155,31 @@ class Pipes:
     def order(self, id: str, order: Order) -> bool:
         """Give an order; return whether the runner's socket took it."""
         pipes = self._all.get(id)
-        return pipes is not None and pipes.order(order)
+        return pipes is not None and id not in self._unsent and pipes.order(order)
+
+    def give(self, id: str, order: Order) -> bool:
+        """Give an order now, or when there is room for it; return whether the runner's socket took it.
+
+        A large order needs a descriptor, and there may be none; what is not taken until the runner has gone is void.
+        """
+        if self.order(id, order):
+            return True
+        if id in self._all:
+            self._unsent.setdefault(id, deque()).append(order)
+        return False
+
+    def _give_again(self) -> None:
+        for id, orders in list(self._unsent.items()):
+            while orders and self._all[id].order(orders[0]):
+                orders.popleft()
+            if not orders:
+                del self._unsent[id]
 
     def drop(self, id: str) -> None:
         """A dead runner has nothing left to say: let go of its ends."""
         pipes = self._all.pop(id)
         self._resting.pop(id, None)
+        self._unsent.pop(id, None)
         for fd in (pipes.events, pipes.output):
             self._poller.rest(fd)
             self._by_fd.pop(fd, None)

@@ -175,7 +175,13 @@ def spawn(name: str, module: str, arguments: Sequence[str], fds: Sequence[int], 
         start_new_session=session,
         env=environment,
     )
-    child = Child(name, process.pid, os.pidfd_open(process.pid), group=session)
+    try:
+        pidfd = os.pidfd_open(process.pid)
+    except OSError:  # no descriptor is left
+        process.kill()
+        process.wait()
+        raise
+    child = Child(name, process.pid, pidfd, group=session)
     # Popen would reap it behind our back at garbage collection, and warn.
     process.returncode = 0
     return child

@@ -52,6 +52,9 @@ READY_SECONDS: Final = 20.0
 #: the disk.
 PARK_SECONDS: Final = 5.0
 
+#: Seconds until a process is tried again for which there were no descriptors or no memory.
+_SPAWN_PAUSE: Final = 0.5
+
 #: Starts of the very first gateway before its failure is taken for a boot error, which no restart mends.
 _BOOT_ATTEMPTS: Final = 3
 
@@ -153,7 +156,11 @@ class Gateway:
         if self._present is None or self.stopping or self._parking:
             return False
         leaving = self._present.child
-        self._next = _spawn()
+        try:
+            self._next = _spawn()
+        except OSError as error:
+            logger.error("no gateway to take over: %s", error)
+            return False
         self._parking = True
         self.send(Park())
         with trio.move_on_after(PARK_SECONDS):
@@ -191,7 +198,8 @@ class Gateway:
         """
         self._announce = task_status.started
         while True:
-            await self._one(self._next or _spawn())
+            process = self._next or await self._spawn()
+            await self._one(process)
             if self.stopping:
                 return
             if self._parking:
@@ -211,6 +219,22 @@ class Gateway:
                 )
             logger.error("the gateway died (%s); starting another in %.1f s", self.last_exit, delay)
             await trio.sleep(delay)
+
+    async def _spawn(self) -> _Process:
+        """Start a process as soon as the machine has room for one.
+
+        Raises:
+          NeverReady: it has none for the very first.
+        """
+        while True:
+            try:
+                return _spawn()
+            except OSError as error:
+                if self._announce is not _nothing:
+                    raise NeverReady(f"the gateway cannot be started: {error}") from error
+                # No death of a gateway: it does not count as one.
+                logger.error("no gateway: %s; trying again", error)
+                await trio.sleep(_SPAWN_PAUSE)
 
     async def _one(self, process: _Process) -> None:
         self._next, self._present = None, process
@@ -276,11 +300,10 @@ def _spawn() -> _Process:
     """Start a gateway that waits for its first message."""
     ours, theirs = linux.seqpacket_pair()
     with theirs:
-        child = spawn(
-            "gateway",
-            "gateway",
-            [str(theirs.fileno()), str(os.getpid())],
-            [theirs.fileno()],
-            session=False,
-        )
+        arguments = [str(theirs.fileno()), str(os.getpid())]
+        try:
+            child = spawn("gateway", "gateway", arguments, [theirs.fileno()], session=False)
+        except BaseException:
+            ours.close()
+            raise
     return _Process(child, Channel(ours, GatewayMessage))

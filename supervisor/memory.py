@@ -59,5 +59,8 @@ class OomCounter:
 
 def is_scarce() -> bool:
     """Whether the machine has hardly any memory left."""
-    memory = psutil.virtual_memory()
+    try:
+        memory = psutil.virtual_memory()
+    except OSError:  # no descriptor is left to read it with
+        return False
     return bool(memory.available < _SCARCE * memory.total)

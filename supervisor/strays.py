@@ -50,11 +50,18 @@ class Strays:
             if self._births():
                 await trio.sleep(_RETRY)
                 self._wake.set()
-            elif self.sweep():
+            elif self._try_sweep():
                 await trio.sleep(
                     _RETRY
                 )  # they are zombies in a moment, and their own children come to us now
                 self._wake.set()
+
+    def _try_sweep(self) -> set[int]:
+        try:
+            return self.sweep()
+        except OSError as error:  # no descriptor is left to look into /proc with
+            logger.warning("cannot look for processes that tasks left behind: %s", error)
+            return set()
 
     def sweep(self) -> set[int]:
         """Kill every unknown child and reap the dead; return the pids that were alive."""

@@ -114,13 +114,12 @@ class Zygote:
             "supervisor": os.getpid(),
         }
         with theirs:
-            self.child = spawn(
-                "zygote",
-                "taskkit.zygote",
-                [str(theirs.fileno()), json.dumps(options)],
-                [theirs.fileno()],
-                session=True,
-            )
+            arguments = [str(theirs.fileno()), json.dumps(options)]
+            try:
+                self.child = spawn("zygote", "taskkit.zygote", arguments, [theirs.fileno()], session=True)
+            except BaseException:
+                ours.close()
+                raise
         self._channel = Channel(ours, ZygoteMessage)
 
     def _keep(self, held: HeldPeer, ready: ZygoteReady) -> ZygoteReady:

@@ -73,7 +73,15 @@ class Channel(Generic[_M]):
         if len(self._queue) >= MAX_QUEUED:
             self._give_up()
             return
-        self._queue.append((payload, tuple(os.dup(fd) for fd in fds)))
+        copies: list[int] = []
+        try:
+            for fd in fds:
+                copies.append(os.dup(fd))  # noqa: PERF401 - those made so far are closed when the next one fails
+        except OSError:  # no descriptor is left: the link is given up, and its successor is told everything anew
+            seqpacket.close_all(copies)
+            self._give_up()
+            return
+        self._queue.append((payload, tuple(copies)))
         self._more.set()
 
     def _give_up(self) -> None:
