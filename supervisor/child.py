@@ -166,6 +166,8 @@ def spawn(name: str, module: str, arguments: Sequence[str], fds: Sequence[int], 
       OSError: the system has no room for another process.
     """
     environment = {key: value for key, value in os.environ.items() if key != linux.TREE_MARK}
+    # Otherwise a process title is written over what /proc shows as the environment, and with it over the mark.
+    environment["SPT_NOENV"] = "1"
     if session:
         environment[linux.TREE_MARK] = tree_mark()
     process = subprocess.Popen(

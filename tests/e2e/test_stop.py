@@ -117,10 +117,14 @@ def test_the_supervisor_starts_at_once_beside_a_draining_gateway(tmp_state_dir: 
         assert events[-1].json["status"] == "SUCCESSFUL"
 
 
-def test_what_tasks_have_started_dies_with_a_killed_supervisor(tmp_state_dir: Path) -> None:
+DAEMONS = pytest.mark.parametrize("task", ["proj.daemonise", "proj.daemonise_by_fork"])
+
+
+@DAEMONS
+def test_what_tasks_have_started_dies_with_a_killed_supervisor(tmp_state_dir: Path, task: str) -> None:
     """A child of a task, in a session of its own: the kernel does not tell it."""
     with Tree(tmp_state_dir) as tree:
-        run = tree.submit("proj.daemonise")["id"]
+        run = tree.submit(task)["id"]
         with tree.stream(run) as stream:
             events = (event for event in stream.events() if event.type == "daemon")
             daemon = psutil.Process(next(events).json["pid"])
@@ -129,9 +133,21 @@ def test_what_tasks_have_started_dies_with_a_killed_supervisor(tmp_state_dir: Pa
         assert not wait_until_gone({daemon}, 2.0), "a task's child survives the supervisor"
 
 
-def test_what_even_the_gateway_could_not_end_is_ended_by_the_next_start(tmp_state_dir: Path) -> None:
+@DAEMONS
+def test_what_a_run_has_started_dies_with_it(tmp_state_dir: Path, task: str) -> None:
     with Tree(tmp_state_dir) as tree:
-        run = tree.submit("proj.daemonise")["id"]
+        run = tree.submit(task, seconds=0.2)["id"]
+        (daemon,) = [event.json["pid"] for event in tree.events(run) if event.type == "daemon"]
+        eventually(lambda: not psutil.pid_exists(daemon), 3, "the end of a daemon whose run has ended")
+        assert tree.snapshot(run)["status"] == "SUCCESSFUL"
+
+
+@DAEMONS
+def test_what_even_the_gateway_could_not_end_is_ended_by_the_next_start(
+    tmp_state_dir: Path, task: str
+) -> None:
+    with Tree(tmp_state_dir) as tree:
+        run = tree.submit(task)["id"]
         with tree.stream(run) as stream:
             events = (event for event in stream.events() if event.type == "daemon")
             daemon = psutil.Process(next(events).json["pid"])

@@ -1,8 +1,10 @@
 """Settings of the tests' project; one SQLite file, no server needed.
 
-Every process of a tree must see the same file, so its path comes from the environment: BULKHEAD_TEST_DB.
+Every process of a tree must see the same file, so its path comes from the environment: BULKHEAD_TEST_DB. Another
+database altogether comes as BULKHEAD_TEST_DATABASE, in JSON.
 """
 
+import json
 import os
 import tempfile
 from pathlib import Path
@@ -35,7 +37,12 @@ DATABASES = {
     }
 }
 
+if other := os.environ.get("BULKHEAD_TEST_DATABASE"):
+    DATABASES["default"] = json.loads(other)
+
 # Short graces: a test that kills something stubborn should not wait the seconds that real work deserves.
+# No task is held back for crashing: chaos kills runners by the hundred. The tests of crash loops switch it on.
 TASKKIT = {
     "LIMITS": {"cancel_grace_seconds": 1.0, "kill_grace_seconds": 0.5, "stop_grace_seconds": 3.0},
+    "BREAKER": {"crashes": 0},
 }

@@ -12,7 +12,8 @@ from typing import Any
 import anyio
 import anyio.lowlevel
 
-from taskkit import RunCancelled, current_run, emit, progress, task
+from taskkit import RunCancelled, current_run, emit, linux, progress, task
+from tests.project.chaos import *  # noqa: F403  (a task is found where `tasks` offers it)
 
 
 @task
@@ -172,6 +173,20 @@ def daemonise(seconds: float = 60.0) -> None:
     time.sleep(seconds)
 
 
+@task
+def daemonise_by_fork(seconds: float = 60.0) -> None:
+    """As `daemonise`, but the daemon is a fork of this process that never becomes another program."""
+    if (between := os.fork()) == 0:
+        os.setsid()
+        if os.fork() == 0:
+            time.sleep(300)
+        os._exit(0)
+    os.waitpid(between, 0)
+    (pid,) = linux.children()  # it has come to us: a runner is a subreaper
+    emit("daemon", {"pid": pid})
+    time.sleep(seconds)
+
+
 class Unprintable:
     """Its `repr` raises, as a lazy query's does when its database is away."""
 
@@ -195,3 +210,12 @@ def leave(code: int) -> None:
 def hopeless() -> None:
     """Fail, and ask for another attempt at the end of time."""
     raise ValueError("hopeless")
+
+
+@task
+def bulky(events: list[int] | None = None, result: int = 0, pause: float = 0.0) -> str:
+    """Emit events of these many characters, return a result of so many; wait before."""
+    time.sleep(pause)
+    for size in events or []:
+        emit("bulk", {"text": "x" * size})
+    return "x" * result
