@@ -25,6 +25,7 @@ from gateway.auth import Authenticator
 from gateway.book import Book
 from gateway.engine import Engine
 from gateway.fanout import Hub
+from gateway.retention import Retention
 from gateway.serve import ServeLimits, serve
 from gateway.store.protocol import StoreError
 from gateway.store.rows import Opened
@@ -41,6 +42,7 @@ from taskkit.wire.messages import (
     Drain,
     EndStreams,
     Exited,
+    Expired,
     GatewayOrder,
     GatewayReady,
     Link,
@@ -75,7 +77,7 @@ _PARK_RETRY: Final = (200, 2_000)
 #: Seconds for the courier to take the last transitions; what it has not taken waits in the store.
 _TELL_SECONDS: Final = 1.0
 
-Orders = Configure | RunnerUp | Exited | Link | Drain | Park | Reconfigure | EndStreams
+Orders = Configure | RunnerUp | Exited | Expired | Link | Drain | Park | Reconfigure | EndStreams
 
 
 class _End(enum.Enum):
@@ -91,13 +93,16 @@ class _End(enum.Enum):
 
 async def _open(store: SqliteStore) -> Opened:
     deadline = trio.current_time() + _OPEN_SECONDS
+    said = ""
     while True:
         try:
             return await store.open()
         except StoreError as error:
             if trio.current_time() > deadline:
                 raise
-            logger.info("%s; trying again", error)
+            if str(error) != said:
+                said = str(error)
+                logger.info("%s; trying again for %.0f s", error, _OPEN_SECONDS)
             await trio.sleep(0.05)
 
 
@@ -119,6 +124,8 @@ async def _obey(channel: Channel[Orders], engine: Engine, nursery: trio.Nursery)
         elif isinstance(message, Exited):
             engine.book.runner_exited(message.runner, message.cause)
             engine.wake()
+        elif isinstance(message, Expired):
+            engine.expired(message)
         elif isinstance(message, Link):
             nursery.start_soon(engine.courier.run, fds[0])
         elif isinstance(message, Drain):
@@ -164,13 +171,13 @@ async def _live(
 ) -> None:
     settings = load_settings(configure.settings)
     directory = Path(configure.state_dir)
-    store = SqliteStore(directory, boot_id=configure.boot_id)
+    store = SqliteStore(directory, boot_id=configure.boot_id, durability=settings.durability)
     opened = await _open(store)
     failpoints.hit("gateway.opened")
     hub = Hub()
     engine = Engine(
         store=store,
-        book=Book(settings, opened, configure.adopting, time.time()),
+        book=Book(settings, opened, configure.adopting, time.time(), trio.current_time()),
         hub=hub,
         catalogue=Catalogue(configure.catalogue),
         settings=settings,
@@ -180,13 +187,15 @@ async def _live(
         control=channel.send,
     )
     key = load_or_create_key(Path(configure.key_file))
-    app = build_app(engine, Authenticator(key, configure.allowed_hosts, settings.cors_origins))
+    retention = Retention(store, settings, configure.boot_id)
+    app = build_app(engine, Authenticator(key, configure.allowed_hosts, settings.cors_origins), retention)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(engine.run)
         nursery.start_soon(_beat, channel.send, settings.limits.gateway_beat_seconds)
         await engine.flush()  # what was lost with the last supervisor is on disk before anybody can ask
         service = _Service(app, listener, settings)
         await nursery.start(service.run)
+        nursery.start_soon(retention.run)
         failpoints.hit("gateway.serving")
         channel.send(GatewayReady())
         end = await _obey(channel, engine, nursery)
@@ -274,7 +283,10 @@ def main(argv: list[str]) -> int:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     linux.set_not_dumpable()
     control = socket.socket(fileno=int(argv[1]))
-    supervisor = os.pidfd_open(int(argv[2]))
+    try:
+        supervisor = os.pidfd_open(int(argv[2]))
+    except ProcessLookupError:
+        return 0
     if os.getppid() != int(argv[2]):
         return 0  # it died while this process began
     trio.run(_main, control, supervisor)

@@ -12,7 +12,7 @@ import trio
 from gateway.book import Book
 from gateway.pipes import Pipes
 from gateway.store.rows import Batch, Opened
-from taskkit.wire.messages import Cause, Event, Finished, Kill, RunnerSpec, Start, Started
+from taskkit.wire.messages import Cancel, Cause, Event, Finished, Kill, RunnerSpec, Start, Started
 from tests.unit.gateway.gate import SETTINGS, HandRunner, submission
 
 
@@ -242,3 +242,34 @@ async def test_the_end_of_all_pipes(desk: Desk) -> None:
 
 def test_specs_name_their_pipe() -> None:
     assert RunnerSpec(id="r1").pipe_size == 65536
+
+
+async def test_an_order_that_finds_no_room_is_given_again_in_its_turn(desk: Desk) -> None:
+    """Its socket is full, or no descriptor is left for a large one: a run must not wait for it for ever."""
+    runner = desk.runner("r1")
+    before = len(runner.orders())
+    sent = 0
+    while desk.pipes.give("r1", Cancel(token=f"t{sent}")):
+        sent += 1
+    late = [Cancel(token=f"late{number}") for number in range(3)]
+    assert [desk.pipes.give("r1", order) for order in late] == [False] * 3
+    assert not desk.pipes.order("r1", Cancel(token="at once")), "it would overtake those that wait"
+    look = desk.pipes.next_look()
+    assert look is not None
+    assert look - trio.current_time() < 0.1
+    assert len(runner.orders()) == before + sent
+    desk.pipes.look()
+    assert runner.orders()[before + sent :] == [Cancel(token=f"t{sent}"), *late]
+    assert desk.pipes.next_look() is None
+
+
+async def test_what_waits_for_a_runner_that_has_gone_is_void(desk: Desk) -> None:
+    runner = desk.runner("r1")
+    while desk.pipes.give("r1", Cancel(token="t")):
+        pass
+    runner.close()
+    desk.runners.remove(runner)
+    desk.pipes.look()
+    desk.pipes.drop("r1")
+    assert not desk.pipes.give("r1", Cancel(token="t"))
+    assert desk.pipes.next_look() is None
