@@ -18,7 +18,9 @@ from gateway import snapshot, sse
 from gateway.auth import Authenticator
 from gateway.face import Engine, RunnerView
 from gateway.following import wait_for_end
+from gateway.keeping import Keeping
 from gateway.leaving import watched
+from gateway.operating import Operating
 from gateway.reading import (
     Parameters,
     Refusal,
@@ -29,6 +31,7 @@ from gateway.reading import (
     read_object,
 )
 from gateway.resource import Resource, answer
+from gateway.retention import Retention
 from gateway.store.protocol import Store, StoreError
 from gateway.store.rows import AttemptRow, OutputRow, RunFilter, RunRow
 from gateway.stream import RENDERINGS, RunStream, Wish, is_over, read_page
@@ -55,10 +58,13 @@ _NOBODY: Final = "00000000-0000-7000-8000-000000000000"
 class Api:
     """The handlers, over one engine."""
 
-    def __init__(self, engine: Engine, authenticator: Authenticator) -> None:
+    def __init__(self, engine: Engine, authenticator: Authenticator, retention: Retention) -> None:
         self._engine = engine
         self._authenticator = authenticator
+        self._retention = retention
+        self._keeping = Keeping(engine, authenticator, retention)
         self._submitting = Submitting(engine, authenticator)
+        self._operating = Operating(engine, authenticator)
 
     def routes(self) -> list[Route]:
         """Return the routes, for Starlette."""
@@ -69,10 +75,15 @@ class Api:
             Route(f"{base}/runs/{{id}}/result", Resource(get=self.show_result)),
             Route(f"{base}/runs/{{id}}/events", Resource(get=self.follow_run)),
             Route(f"{base}/runs/{{id}}/cancel", Resource(post=self.cancel_run)),
+            Route(f"{base}/runs/{{id}}/replay", Resource(post=self._submitting.replay)),
             Route(f"{base}/runners", Resource(get=self.list_runners)),
+            Route(f"{base}/runners/{{id}}/kill", Resource(post=self._operating.kill_runner)),
+            Route(f"{base}/runners/{{id}}/drain", Resource(post=self._operating.drain_runner)),
             Route(f"{base}/tasks", Resource(get=self.list_tasks)),
             Route(f"{base}/tasks/{{name}}", Resource(get=self.show_task)),
+            Route(f"{base}/tasks/{{name}}/reset", Resource(post=self._operating.reset_task)),
             Route(f"{base}/stats", Resource(get=self.statistics)),
+            Route(f"{base}/vacuum", Resource(post=self._keeping.vacuum)),
             Route("/health", Resource(get=health)),
             Route("/ready", Resource(get=self.ready)),
         ]
@@ -120,7 +131,7 @@ class Api:
         return answer(await self._snapshot(run, claims))
 
     async def show_result(self, request: Request) -> Response:
-        """Serve how a run ended, 202 while it has not; `Prefer: wait=N` waits for it."""
+        """Serve how a run ended, 202 while it has not; `Prefer: wait=N` waits for it. 410 behind RESULT_TTL."""
         claims = self._authenticator.require(request, "read")
         Parameters(request, ())
         run = await self._visible(request, claims)
@@ -129,6 +140,12 @@ class Api:
         if wait and not run.status.is_terminal and request.method != "HEAD":
             async with watched(request.receive) as client:
                 run = await wait_for_end(self._engine.store, self._engine.hub, run, client, wait)
+        if run.result_expired:
+            raise Refusal(
+                "result-expired",
+                "the run has ended well; its result was removed when it was older than RESULT_TTL",
+                run=run.id,
+            )
         value = await result_of(self._engine.store, run)
         status = 200 if run.status.is_terminal else 202
         return answer(snapshot.result(run, value), status, headers)
@@ -236,7 +253,7 @@ class Api:
         return answer(snapshot.task(task))
 
     async def statistics(self, request: Request) -> Response:
-        """Serve counts of runs by state, of subscribers, and the engine's own."""
+        """Serve counts of runs by state, of subscribers, the engine's own, what the store takes of the disk."""
         self._require_sight_of_all(request)
         hub = self._engine.hub.statistics()
         counts = await self._engine.store.counts()
@@ -246,6 +263,7 @@ class Api:
                 "runs": counts,
                 "subscribers": hub["subscribers"],
                 "streams": hub,
+                **await self._retention.statistics(),
             }
         )
 

@@ -12,8 +12,18 @@ from typing import Any, Final
 
 import msgspec
 
-from gateway.dispatch import Queues, Seat, choose, pools_of
-from gateway.endings import ending_of, error_of, last_event, of_user_code, rfc3339
+from gateway.casualties import Casualties
+from gateway.dispatch import Queues, Seat, choose, pools_of, sent_home
+from gateway.endings import (
+    among_others,
+    ending_of,
+    error_of,
+    last_event,
+    of_user_code,
+    quarantine_of,
+    rfc3339,
+    with_limit,
+)
 from gateway.output import Line
 from gateway.state import After, OpenAttempt, RunnerState
 from gateway.store.rows import AttemptRow, Batch, EventRow, KeyRow, Opened, OutputRow, RunRow
@@ -51,17 +61,41 @@ from taskkit.wire.session import AttemptState, Judgement, RunnerSession
 _START_SECONDS: Final = 10.0
 
 
+#: Seconds for a shared runner to leave when its runs have ended, at least.
+_LEAVE_SECONDS: Final = 1.0
+
+#: Why an attempt in a shared process was ended without it.
+_ABANDONED: Final = {
+    "timeout": "the attempt exceeded its timeout and did not stop within its grace",
+    "cancelled": "the task did not stop within its grace after a cancellation",
+}
+
 #: Ended runs that are remembered. A submission waits a few milliseconds for its look into the store; 1,000 runs end
 #: in 100 ms at the very most.
 _REMEMBERED: Final = 1_000
 
 
 class Book:
-    """The gateway's memory."""
+    """The gateway's memory.
 
-    def __init__(self, settings: Settings, opened: Opened, adopting: Iterable[str], now: float) -> None:
+    Args:
+      adopting: runners that live; open attempts of any other are lost.
+      now: Unix seconds.
+      moment: monotonic seconds.
+
+    Attributes:
+      moment: when the present round began; whoever makes rounds sets it.
+    """
+
+    def __init__(
+        self, settings: Settings, opened: Opened, adopting: Iterable[str], now: float, moment: float = 0.0
+    ) -> None:
         self._settings = settings
         self._limits = {name: pool.size for name, pool in settings.all_pools.items()}
+        self._processes = {
+            name: -(-pool.size // pool.concurrency) for name, pool in settings.all_pools.items()
+        }
+        self.moment = moment
         self._next_no = opened.next_no
         self._next_pos = opened.next_pos
         self._sources = dict(opened.sources)
@@ -70,6 +104,7 @@ class Book:
         self.runners: dict[str, RunnerState] = {}
         self.untold: OrderedDict[int, RunRow] = OrderedDict()
         self.queues = Queues()
+        self.casualties = Casualties(settings.breaker, self.queues, self.runs)
         self.batch = Batch()
         self.after = After()
         self.draining = False
@@ -88,6 +123,8 @@ class Book:
         for row in opened.attempts:
             attempt = OpenAttempt(row, self.runs[row.run])
             self.attempts[row.token] = attempt
+        trying = {attempt.run.no for attempt in self.attempts.values()}
+        self.casualties.load(opened, trying, self.moment, now, self.batch)
         for attempt in list(self.attempts.values()):
             if attempt.row.runner not in adopting:
                 cause = Cause(kind="lost", detail="the supervisor of this run went away")
@@ -158,7 +195,10 @@ class Book:
             origin=submission.origin,
             using=submission.using,
             created_at=now,
+            replay_of=submission.replay_of,
         )
+        if run.replay_of is not None:
+            self.casualties.released(run.replay_of)
         self._next_no += 1
         self._remember(run)
         self.queues.add(run, now)
@@ -198,12 +238,18 @@ class Book:
         runner.given += 1
         started = row.started_at is not None
         runner.session.expect(row.token, AttemptState.STARTED if started else AttemptState.ORDERED)
-        runner.retiring = runner.given >= runner.spec.runs
+        runner.retiring = runner.retiring or runner.given >= runner.spec.runs
         self.after.control.append(Assigned(runner=runner.spec.id, last=runner.retiring))
-        if not started:
+        if started:  # whether the supervisor heard of its limit is not known
+            self._limit_time(run, row, 0.0, at_most=True)
+        else:
             self._order_start(runner, run, row)
+        if run.suspect and runner.shared:
+            self._send_home(runner)
         if run.cancelling:
             self._order_cancel(row, self._settings.limits.cancel_grace_seconds, "cancelled")
+        elif attempt.overdue:
+            self.after.orders.append((row.runner, Cancel(token=row.token, reason="timeout")))
 
     def runner_exited(self, id: str, cause: Cause) -> None:
         """A runner has died; its pipe is read to the end before its attempts are judged."""
@@ -226,24 +272,36 @@ class Book:
         cause = runner.exited
         if runner.corrupt:  # it may have left by itself before the kill came
             cause = msgspec.structs.replace(cause, kind="corrupt", detail=runner.corrupt)
-        for token in list(runner.tokens):
-            self._runner_lost_attempt(self.attempts[token], cause, now)
+        lost = sorted((self.attempts[token] for token in runner.tokens), key=lambda attempt: attempt.run.no)
+        together = sum(attempt.row.started_at is not None for attempt in lost) + runner.abandoned
+        for attempt in lost:
+            self._runner_lost_attempt(attempt, cause, now, together)
         self._sources.pop(id, None)
         self.batch.sources.pop(id, None)
         self.batch.forgotten.append(id)
         self.after.drained.append(id)
 
-    def _runner_lost_attempt(self, attempt: OpenAttempt, cause: Cause, now: float) -> None:
+    def _runner_lost_attempt(self, attempt: OpenAttempt, cause: Cause, now: float, together: int = 1) -> None:
+        """The runner of an attempt has died, in which `together` runs were performed.
+
+        Which of several was the culprit nobody can tell: each is lost, and performed again alone, where its death
+        will be its own.
+        """
         if attempt.row.started_at is None:
             self._never_started(attempt, cause, now)
-        else:
-            cause = of_user_code(cause)
-            self._end_attempt(attempt, ending_of(cause), now, cause=cause)
+            return
+        cause = of_user_code(cause)
+        ending = ending_of(cause)
+        if together > 1 and ending is Ending.CRASHED:
+            attempt.run.suspect = True
+            cause, ending = among_others(cause, together), Ending.LOST
+        self._end_attempt(attempt, ending, now, cause=cause)
 
     def _never_started(self, attempt: OpenAttempt, cause: Cause, now: float) -> None:
         """The runner died before it said `Started`: the attempt did not happen and is not counted."""
         self._close_attempt(attempt, Ending.LOST, now, cause=cause)
         run = attempt.run
+        self.casualties.ended(run, Ending.LOST, "", self.moment, now, self.batch)
         if run.cancelling:
             self._end_run(run, RunEvent.CANCEL, now, error=error_of(Ending.CANCELLED, None, None))
         else:
@@ -255,16 +313,59 @@ class Book:
         """Give waiting runs to free runners."""
         if self.draining:
             return
-        for pool in pools_of(self._limits, self.queues, now):
-            limit = self._limits[pool]
-            while (chosen := choose(self._seats(pool), limit)) is not None:
-                run = self.queues.take(pool, now)
-                if run is None:
-                    break
-                self._assign(self.runners[chosen], run, now)
+        for pool in pools_of(self._limits, self.queues, now, self.casualties.trials(self.moment)):
+            while self._claim_alone(pool, now) or self._claim_one(pool, now):
+                pass
 
-    def _seats(self, pool: str) -> Iterable[Seat]:
-        return (runner.seat for runner in self.runners.values() if runner.spec.pool == pool)
+    def _claim_one(self, pool: str, now: float) -> bool:
+        chosen = choose(self._seats(pool), self._limits[pool])
+        run = None if chosen is None else self.queues.take(pool, now)
+        if chosen is None or run is None:
+            return False
+        self._assign(self.runners[chosen], run, now)
+        return True
+
+    def _claim_alone(self, pool: str, now: float) -> bool:
+        """Give the next run that has to be alone to a runner without any; if there is none, have one made."""
+        trials = self.casualties.trials(self.moment)
+        if not self.queues.waits_alone(pool, now, trials):
+            return False
+        seats = self._seats(pool)
+        chosen = choose(seats, self._limits[pool], alone=True)
+        if chosen is None:
+            if sum(seat.open for seat in seats) < self._limits[pool]:
+                self._make_way(sent_home(seats, self._processes[pool]))
+            return False
+        run = self.queues.take_alone(pool, now, trials)
+        assert run is not None, "one waits"
+        runner = self.runners[chosen]
+        self._assign(runner, run, now)
+        self.casualties.claimed(run, self.moment, now, self.batch)
+        if runner.shared:  # the others' seats are not given out, and another process takes their place
+            self._send_home(runner)
+        return True
+
+    def _make_way(self, id: str | None) -> None:
+        if id is not None:
+            self._send_home(self.runners[id])
+
+    def _seats(self, pool: str) -> list[Seat]:
+        return [runner.seat for runner in self.runners.values() if runner.spec.pool == pool]
+
+    def _send_home(self, runner: RunnerState) -> None:
+        """A runner gets no further run, and the supervisor makes another one in its place."""
+        runner.retiring = True
+        self.after.orders.append((runner.spec.id, Retire()))
+        self.after.control.append(Assigned(runner=runner.spec.id, last=True))
+        self._see_off(runner)
+
+    def _see_off(self, runner: RunnerState) -> None:
+        """A shared runner whose runs have all ended leaves soon, or is ended: what it still does was abandoned."""
+        if runner.shared and runner.retiring and not runner.tokens and runner.exited is None:
+            grace = max(self._settings.limits.kill_grace_seconds, _LEAVE_SECONDS)
+            self.after.control.append(
+                Deadline(runner=runner.spec.id, token="", kind="abandoned", after=grace, grace=grace)
+            )
 
     def _assign(self, runner: RunnerState, run: RunRow, now: float) -> None:
         row = AttemptRow(
@@ -297,21 +398,33 @@ class Book:
             row=None if run.row is None else msgspec.json.decode(run.row, type=Row),
             max_attempts=run.max_attempts,
             metadata=run.metadata,
-            memory_limit=self._memory_limit(run),
+            memory_limit=self.memory_limits.get(run.task),
         )
         self.after.orders.append((runner.spec.id, start))
 
-    def _limit_time(self, run: RunRow, row: AttemptRow, extra: float) -> None:
-        """Have the supervisor end the attempt at its timeout; a later limit replaces an earlier one."""
+    def _limit_time(self, run: RunRow, row: AttemptRow, extra: float, *, at_most: bool = False) -> None:
+        """Have the supervisor end the attempt at its timeout; a later limit replaces an earlier one.
+
+        With `at_most` an earlier limit stands: no takeover gives an attempt more time.
+        """
         if run.timeout is not None:
             grace = self._settings.limits.kill_grace_seconds
             after = run.timeout + extra
             self.after.control.append(
-                Deadline(runner=row.runner, token=row.token, kind="timeout", after=after, grace=grace)
+                Deadline(
+                    runner=row.runner,
+                    token=row.token,
+                    kind="timeout",
+                    after=after,
+                    grace=grace,
+                    at_most=at_most,
+                )
             )
 
-    def _memory_limit(self, run: RunRow) -> int | None:
-        return self.memory_limits.get(run.task)
+    def _memory_limit(self, attempt: OpenAttempt) -> int | None:
+        runner = self.runners.get(attempt.row.runner)
+        general = None if runner is None else runner.spec.memory_limit
+        return self.memory_limits.get(attempt.run.task) or general
 
     #: Memory limit in bytes by task name; the engine fills it from the catalogue.
     memory_limits: Mapping[str, int] = {}
@@ -413,6 +526,12 @@ class Book:
         ending = Ending(message.ending) if message.ending in Ending.__members__.values() else Ending.RAISED
         if attempt.stopping and ending is not Ending.RETURNED:
             ending = Ending.LOST
+        if attempt.overdue and ending is not Ending.RETURNED and not attempt.run.cancelling:
+            assert attempt.row.cause is not None
+            self._end_attempt(
+                attempt, Ending.TIMED_OUT, now, cause=msgspec.json.decode(attempt.row.cause, type=Cause)
+            )
+            return
         self._end_attempt(attempt, ending, now, finished=message)
 
     # --- endings -------------------------------------------------------------------------------------------
@@ -438,6 +557,7 @@ class Book:
             runner.session.forget(row.token)
             runner.runs_done += 1
             runner.last_ending = ending.value
+            self._see_off(runner)
         self.after.control.append(Disarm(runner=row.runner, token=row.token))
 
     def _end_attempt(
@@ -449,13 +569,14 @@ class Book:
         cause: Cause | None = None,
         finished: Finished | None = None,
     ) -> None:
-        failure = finished.failure if finished else None
+        failure = with_limit(finished.failure, self._memory_limit(attempt)) if finished else None
         if attempt.stopping and ending is Ending.CANCELLED and not attempt.run.cancelling:
             ending = Ending.LOST
         self._close_attempt(attempt, ending, now, cause=cause, failure=failure)
         run = attempt.run
         if ending is Ending.LOST:
             run.counted -= 1
+        run.crashes += ending is Ending.CRASHED
         decision = verdict(
             ending,
             attempts=max(run.counted, 1),
@@ -464,8 +585,14 @@ class Book:
             cancelling=run.cancelling,
             retry_in=finished.retry_in if finished else None,
             lost=0 if attempt.stopping else run.attempt - run.counted,
+            crashes=run.crashes,
         )
         error = None if ending is Ending.RETURNED else error_of(ending, cause, failure)
+        said = "" if error is None else error["message"]
+        self.casualties.ended(run, ending, said, self.moment, now, self.batch)
+        if decision.quarantined and error is not None:
+            error = quarantine_of(error, run)
+            self.casualties.quarantine(run, now)
         if decision.event in (RunEvent.RETRY, RunEvent.PUT_BACK):
             self._again(run, decision.event, decision.delay, ending, error, now)
             return
@@ -543,6 +670,54 @@ class Book:
         )
         self.after.orders.append((row.runner, Cancel(token=row.token, reason=reason)))
 
+    def expired(self, runner: str, token: str, kind: str, now: float) -> None:
+        """The deadline of an attempt in a shared process has passed; said again until it has ended.
+
+        One that is overdue is asked to stop first. What does not stop is abandoned: it ends here, whatever it says
+        later is a stray, and its runner leaves when its neighbours are done.
+        """
+        attempt = self.attempts.get(token)
+        if attempt is None:
+            self.after.control.append(Disarm(runner=runner, token=token))
+        elif kind == "timeout" and attempt.row.started_at is not None and not attempt.overdue:
+            cause = Cause(kind=kind, detail="the attempt exceeded its timeout and was asked to stop")
+            attempt.row.cause = msgspec.json.encode(cause)
+            self.batch.changed_attempts.append(attempt.row)
+            self.after.orders.append((runner, Cancel(token=token, reason=kind)))
+        else:
+            self._abandon(attempt, kind, now)
+
+    def _abandon(self, attempt: OpenAttempt, kind: str, now: float) -> None:
+        runner = self.runners.get(attempt.row.runner)
+        if runner is None or runner.exited is not None:
+            return  # its end is in the pipe, or follows from the death
+        cause = Cause(
+            kind=kind, detail=f"{_ABANDONED[kind]}; other runs share its process, so it was abandoned"
+        )
+        runner.abandoned += 1
+        self._send_home(runner)
+        # It may not have begun: then it is cancelled when it does, or does not hear of it at all.
+        self.after.orders = [
+            (id, order)
+            for id, order in self.after.orders
+            if not (isinstance(order, Start) and order.token == attempt.row.token)
+        ]
+        self.after.orders.append((runner.spec.id, Cancel(token=attempt.row.token, reason=kind)))
+        self._runner_lost_attempt(attempt, cause, now)
+
+    def end_runner(self, id: str, kind: str, detail: str) -> None:
+        """End a runner now. Its runs are lost, and put back as their `on_lost` says."""
+        self.runners[id].retiring = True
+        self.after.control.append(Kill(runner=id, kind=kind, detail=detail))
+
+    def drain_runner(self, id: str) -> None:
+        """Have a runner finish what it has and leave; another one takes its place."""
+        self._send_home(self.runners[id])
+
+    def reset(self, task: str, now: float) -> bool:
+        """Let the runs of a held task go; return whether it was held."""
+        return self.casualties.reset(task, self.moment, now, self.batch)
+
     def drain(self) -> None:
         """The tree stops: claim nothing, ask open attempts to stop, send idle runners home."""
         self.draining = True
@@ -560,6 +735,7 @@ class Book:
             if runner is not None:
                 runner.retiring = True
                 self.after.orders.append((id, Retire()))
+                self._see_off(runner)
 
     def say(self, message: Message) -> None:
         """Tell the supervisor when what was decided before is committed."""

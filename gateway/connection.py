@@ -381,6 +381,11 @@ class Connection:
         except Exception:
             # The path without its query, which may hold a ticket.
             logger.exception("the application failed in %s %s", scope["method"], scope["path"])
+        except BaseException:
+            # Cancelled, alone or in a group. hypercorn would end the answer with a 500, for which an EventSource gives
+            # up for ever; after a reset it comes back.
+            self.abort()
+            raise
         finally:
             inbox.finish()
             await send(None)

@@ -6,20 +6,28 @@ Time is Unix seconds here, as `run_after` is a wall-clock wish of people.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 from gateway.store.rows import RunRow
+
+#: Entries (-priority, number) of READY runs, the next one at the head.
+_Heap: TypeAlias = list[tuple[int, int]]
 
 
 @dataclass(slots=True)
 class Queues:
     """READY runs: by pool and priority, or waiting for their time. Entries of runs that left are skipped.
 
-    Larger priority first, then older first.
+    Larger priority first, then older first. A suspect, which has to have a process for itself, waits in a queue of
+    its own; so does a run whose task is held. Such a run is put aside when it comes to the head, and put back when
+    its task is let go: each time once, so that a thousand of them in front cost nothing per round.
     """
 
-    _ready: dict[str, list[tuple[int, int]]] = field(default_factory=dict)
+    _ready: dict[str, _Heap] = field(default_factory=dict)
+    _suspects: dict[str, _Heap] = field(default_factory=dict)
+    _held: dict[str, dict[str, _Heap]] = field(default_factory=dict)  # by task and pool
     _later: list[tuple[float, int]] = field(default_factory=list)
     _waiting: dict[int, RunRow] = field(default_factory=dict)
     _left: int = 0  # entries of runs that left, at most
@@ -34,6 +42,8 @@ class Queues:
             depths[run.pool] = depths.get(run.pool, 0) + 1
         return depths
 
+    # --- coming and leaving ---------------------------------------------------------------------------------
+
     def add(self, run: RunRow, now: float) -> None:
         """A run waits. Said again of one that waits already, it changes nothing."""
         if run.no in self._waiting:  # a second entry would outlive the first and give it out before its time
@@ -45,7 +55,8 @@ class Queues:
             self._push(run)
 
     def _push(self, run: RunRow) -> None:
-        heapq.heappush(self._ready.setdefault(run.pool, []), (-run.priority, run.no))
+        heaps = self._suspects if run.suspect else self._ready
+        heapq.heappush(heaps.setdefault(run.pool, []), (-run.priority, run.no))
 
     def remove(self, no: int) -> None:
         """A run waits no longer."""
@@ -60,9 +71,27 @@ class Queues:
         self._left = 0
         self._later = [entry for entry in self._later if entry[1] in self._waiting]
         heapq.heapify(self._later)
-        for pool, heap in self._ready.items():
-            self._ready[pool] = [entry for entry in heap if entry[1] in self._waiting]
-            heapq.heapify(self._ready[pool])
+        for heap in self._heaps():
+            heap[:] = [entry for entry in heap if entry[1] in self._waiting]
+            heapq.heapify(heap)
+
+    def _heaps(self) -> Iterator[_Heap]:
+        for heaps in (self._ready, self._suspects, *self._held.values()):
+            yield from heaps.values()
+
+    def hold(self, task: str) -> None:
+        """Give out no run of this task until it is let go, but for those on trial."""
+        self._held.setdefault(task, {})
+
+    def let_go(self, task: str) -> None:
+        """The task is held no longer; its runs have kept their order."""
+        for heap in self._held.pop(task, {}).values():
+            for _, no in heap:
+                run = self._waiting.get(no)
+                if run is not None:
+                    self._push(run)
+
+    # --- giving out -----------------------------------------------------------------------------------------
 
     def next_due(self) -> float | None:
         """Return when the next waiting run's time comes."""
@@ -77,22 +106,57 @@ class Queues:
             if run is not None:
                 self._push(run)
 
-    def take(self, pool: str, now: float) -> RunRow | None:
-        """Take out the run of this pool whose turn it is."""
-        self._ripen(now)
-        heap = self._ready.get(pool, [])
+    def _settle(self, heap: _Heap, pool: str) -> _Heap:
+        """Bring a run to the head of `heap` that may be given out; return the heap."""
         while heap:
-            _, no = heapq.heappop(heap)
-            # Its time is not asked again: if the wall clock was set back since it came, the run would be lost here.
-            run = self._waiting.pop(no, None)
-            if run is not None:
-                return run
-        return None
+            run = self._waiting.get(heap[0][1])
+            if run is None:
+                heapq.heappop(heap)
+            elif run.task in self._held:
+                heapq.heappush(self._held[run.task].setdefault(pool, []), heapq.heappop(heap))
+            else:
+                break
+        return heap
 
-    def waits(self, pool: str, now: float) -> bool:
-        """Whether `take` would return a run."""
+    def take(self, pool: str, now: float) -> RunRow | None:
+        """Take out the run of this pool whose turn it is, of those that can share a process."""
         self._ripen(now)
-        return any(no in self._waiting for _, no in self._ready.get(pool, ()))
+        return self._pop(self._settle(self._ready.get(pool, []), pool))
+
+    def take_alone(self, pool: str, now: float, trials: Collection[str] = ()) -> RunRow | None:
+        """Take out the run of this pool that has to have a process for itself: a suspect, or one of the tasks on trial.
+
+        Their turn is before the others': a suspect has been started before, and of a task one run is tried.
+        """
+        self._ripen(now)
+        return self._pop(min(self._alone(pool, trials), default=[]))
+
+    def _alone(self, pool: str, trials: Collection[str]) -> list[_Heap]:
+        """Return the heaps that have such a run at their head."""
+        heaps = [self._settle(self._suspects.get(pool, []), pool)]
+        if trials:
+            # Of a task that nobody has looked at since it was held, the runs are among the others still.
+            self._settle(self._ready.get(pool, []), pool)
+            heaps += [self._left_out(self._held[task].get(pool, [])) for task in trials if task in self._held]
+        return [heap for heap in heaps if heap]
+
+    def _left_out(self, heap: _Heap) -> _Heap:
+        while heap and heap[0][1] not in self._waiting:
+            heapq.heappop(heap)
+        return heap
+
+    def _pop(self, heap: _Heap) -> RunRow | None:
+        # Its time is not asked again: if the wall clock was set back since it came, the run would be lost here.
+        return self._waiting.pop(heapq.heappop(heap)[1]) if heap else None
+
+    def waits(self, pool: str, now: float, trials: Collection[str] = ()) -> bool:
+        """Whether `take` or `take_alone` would return a run."""
+        return self.waits_alone(pool, now, trials) or bool(self._settle(self._ready.get(pool, []), pool))
+
+    def waits_alone(self, pool: str, now: float, trials: Collection[str] = ()) -> bool:
+        """Whether `take_alone` would return a run."""
+        self._ripen(now)
+        return bool(self._alone(pool, trials))
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,19 +174,35 @@ class Seat:
         return self.open < self.concurrency and self.left > 0
 
 
-def choose(seats: Iterable[Seat], limit: int) -> str | None:
+def choose(seats: Iterable[Seat], limit: int, *, alone: bool = False) -> str | None:
     """Return the runner for the next run of a pool, or None.
 
     `limit` is how many runs the pool performs at once. The least loaded runner is taken, among equals the one with
-    the fewest runs left, so that a process is used up before the next one is begun.
+    the fewest runs left, so that a process is used up before the next one is begun. For a run that has to be `alone`
+    it is one without any.
     """
     known = list(seats)
     if sum(seat.open for seat in known) >= limit:
         return None
-    best = min((seat for seat in known if seat.free), key=lambda s: (s.open, s.left, s.runner), default=None)
+    free = (seat for seat in known if seat.free and not (alone and seat.open))
+    best = min(free, key=lambda s: (s.open, s.left, s.runner), default=None)
     return best.runner if best else None
 
 
-def pools_of(limits: Mapping[str, int], queues: Queues, now: float) -> list[str]:
+def sent_home(seats: Iterable[Seat], size: int) -> str | None:
+    """Return the runner that has to make way for a run that must be alone, None when a free one comes anyway.
+
+    All `size` processes of the pool may be at work for hours. One that gets no further run is replaced at once, and
+    its replacement is free; the least loaded one is chosen, as the most seats come back with it.
+    """
+    staying = [seat for seat in seats if seat.left > 0]
+    if len(staying) < size or not all(seat.open for seat in staying):
+        return None
+    return min(staying, key=lambda seat: (seat.open, seat.left, seat.runner)).runner
+
+
+def pools_of(
+    limits: Mapping[str, int], queues: Queues, now: float, trials: Collection[str] = ()
+) -> list[str]:
     """Return the pools in which a run waits for a runner."""
-    return [pool for pool in limits if queues.waits(pool, now)]
+    return [pool for pool in limits if queues.waits(pool, now, trials)]

@@ -14,6 +14,9 @@ from taskkit.wire.messages import Cause, TaskFailure
 #: Largest result repeated in `stream.end`; a larger one is fetched from the run's `result`.
 _RESULT_IN_STREAM: Final = 64 * 1024
 
+#: Error code of a run that has killed too many runners.
+QUARANTINED: Final = "quarantined"
+
 #: How a runner's death ends the attempt that was open on it; what is not listed is the task's own crash.
 _BY_CAUSE: Final = {
     "timeout": Ending.TIMED_OUT,
@@ -22,6 +25,7 @@ _BY_CAUSE: Final = {
     "operator": Ending.LOST,
     "boot": Ending.LOST,
     "lost": Ending.LOST,
+    "abandoned": Ending.LOST,
 }
 
 
@@ -40,6 +44,34 @@ def of_user_code(cause: Cause) -> Cause:
         detail = f"the process left with exit code {cause.exit_code} in the middle of the task"
         return msgspec.structs.replace(cause, kind="exit", detail=detail)
     return cause
+
+
+def among_others(cause: Cause, runs: int) -> Cause:
+    """Return the cause of death of a process that performed `runs` runs: whose fault it was is not known yet."""
+    detail = f"{cause.detail}; {runs} runs shared the process, so each of them is performed again alone"
+    return msgspec.structs.replace(cause, detail=detail)
+
+
+def with_limit(failure: TaskFailure | None, memory_limit: int | None) -> TaskFailure | None:
+    """Return a failure for want of memory with the limit that was met, which Python's own message lacks."""
+    # Also numpy's _ArrayMemoryError, pyarrow's ArrowMemoryError.
+    if failure is None or memory_limit is None or not failure.exception.endswith("MemoryError"):
+        return failure
+    limit = f"the limit is {memory_limit} bytes of address space (memory_limit, RLIMIT_AS)"
+    return msgspec.structs.replace(
+        failure, message=f"{failure.message}; {limit}" if failure.message else limit
+    )
+
+
+def quarantine_of(error: dict[str, Any], run: RunRow) -> dict[str, Any]:
+    """Return the error of a run that has killed too many runners, from that of its last attempt."""
+    return {
+        **error,
+        "code": QUARANTINED,
+        "message": f"quarantined: it has killed {run.crashes} runners, the last time: {error['message']}. When the "
+        f"cause is mended, `bulkhead release {run.id}` performs it again as a new run",
+        "crashes": run.crashes,
+    }
 
 
 def last_event(run: RunRow, error: dict[str, Any] | None) -> dict[str, Any]:

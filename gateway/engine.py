@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -29,7 +30,7 @@ from gateway.pipes import Pipes
 from gateway.state import After, RunnerState
 from gateway.store.protocol import Store, StoreError
 from gateway.store.reads import read_blob
-from gateway.store.rows import Batch, EventRow, RunRow
+from gateway.store.rows import Batch, EventRow, KeyRow, RunRow
 from gateway.submission import Catalogue, Submission
 from taskkit import failpoints
 from taskkit.errors import IdempotencyConflict, LifecycleError, NotWritable, QueueFull
@@ -39,7 +40,9 @@ from taskkit.wire.messages import (
     Answer,
     Created,
     Drained,
+    Expired,
     Message,
+    Notes,
     Order,
     Reconfigure,
     Reconfigured,
@@ -53,8 +56,14 @@ logger = logging.getLogger("bulkhead.gateway")
 #: Seconds a request waits for its commit before it gets 503. A commit takes a millisecond; 5 s is a disk in trouble.
 _ANSWER_SECONDS: Final = 5.0
 
+#: Seconds for which an idempotency key counts although the store may not have it: a commit takes a millisecond.
+_KEY_MEMORY: Final = 60.0
+
 #: Seconds to wait after a commit that failed, first and longest.
-_RETRY: Final = (0.1, 2.0)
+_RETRY: Final = (0.1, 1.0)
+
+#: Seconds that a store which takes nothing is given at the end: one more try of _RETRY.
+_STALLED_FLUSH: Final = 1.2
 
 #: Seconds between rounds that only wait for time to pass, at most.
 _LONGEST_SLEEP: Final = 3600.0
@@ -137,9 +146,13 @@ class Engine:
         self._pipes = Pipes(book, lines_per_second=settings.limits.output_lines_per_second, wake=self.wake)
         self._wake = trio.Event()
         self._round_over = trio.Event()
+        keep = settings.retention
+        ages = (_KEY_MEMORY, keep.key_age_seconds, keep.run_age_seconds)
+        self._key_memory = min(age for age in ages if age is not None)
         self.courier = CourierLink(self)
         self.intake = Intake(self)
         self.rounds = 0
+        self._notes: list[str] | None = None
         self._started_at = trio.current_time()
         planned = Counter(row.run for row in book.batch.events)  # at the start: what became of lost attempts
         for run in book.runs.values():
@@ -183,6 +196,10 @@ class Engine:
             run, replayed = await self.decide(functools.partial(self._accept, submission))
             if run is None:  # it was made and has ended since `_known` looked
                 run = await self._known(submission)
+            if run is None:
+                raise NotWritable(
+                    "its run has ended a moment ago and was removed (RETENTION.run_age_seconds)"
+                )
         except (StoreError, NotWritable) as error:
             raise NotWritable(
                 f"the outcome is unknown, send it again with this id: {error}",
@@ -196,19 +213,29 @@ class Engine:
             raise NotWritable(self.store_error)
 
     async def _known(self, submission: Submission) -> RunRow | None:
-        """Return the run that this submission made before."""
+        """Return the run that this submission made before, if it is committed.
+
+        The book knows a run as soon as a round has decided on it, which may never be committed. What only the book
+        knows is answered by a round.
+        """
         id = submission.id
         if submission.key is not None:
-            key = self.book.find_key(submission.subject, submission.key) or await self.store.key(
-                submission.subject, submission.key
-            )
+            key = await self.store.key(submission.subject, submission.key)
             if key is not None:
                 if key.digest != submission.digest:
                     raise IdempotencyConflict(
                         "this Idempotency-Key was used with another body; use a new key"
                     )
                 id = key.run
-        return self.book.find(id) or await self.store.run(id)
+        return await self.store.run(id)
+
+    def _recent_key(self, subject: str, name: str) -> KeyRow | None:
+        """Return a key that the store may not have yet. An older one counts only if `_known` has found it there:
+        retention removes keys, and what it has removed must not live on here."""
+        key = self.book.find_key(subject, name)
+        if key is None or self.book.find(key.run) is not None:
+            return key
+        return key if time.time() - key.created_at < self._key_memory else None
 
     def _accept(self, submission: Submission) -> tuple[RunRow | None, bool]:
         """Decide on a submission, in a round: look once more, as another may have come in between.
@@ -217,7 +244,7 @@ class Engine:
         """
         key = None
         if submission.key is not None:
-            key = self.book.find_key(submission.subject, submission.key)
+            key = self._recent_key(submission.subject, submission.key)
             if key is not None and key.digest != submission.digest:
                 raise IdempotencyConflict("this Idempotency-Key was used with another body; use a new key")
         id = submission.id if key is None else key.run
@@ -306,8 +333,42 @@ class Engine:
             "store_error": self.store_error,
             "courier": self.courier.up,
             "draining": self.book.draining,
+            **self.book.casualties.statistics(trio.current_time()),
             **self.hub.statistics(),
         }
+
+    async def end_runner(self, id: str, *, now: bool) -> bool:
+        """Have a runner finish what it has and leave, or end it `now`, on an operator's word.
+
+        Its runs are lost then, and put back as their `on_lost` says. Return whether a living runner has this id.
+
+        Raises:
+          NotWritable: the store cannot be written now.
+        """
+
+        def decide() -> bool:
+            runner = self.book.runners.get(id)
+            if runner is None or runner.exited is not None:
+                return False
+            if now:
+                self.book.end_runner(id, "operator", "")
+            else:
+                self.book.drain_runner(id)
+            return True
+
+        self._check_store()
+        found: bool = await self.decide(decide)
+        return found
+
+    async def reset_task(self, task: str) -> bool:
+        """Let the runs of a held task go; return whether it was held.
+
+        Raises:
+          NotWritable: the store cannot be written now.
+        """
+        self._check_store()
+        was_held: bool = await self.decide(lambda: self.book.reset(task, time.time()))
+        return was_held
 
     def live_status(self, run_no: int) -> RunStatus | None:
         """Return an open run's state, or None when it has ended."""
@@ -322,6 +383,12 @@ class Engine:
         self.book.runner_up(message.spec, message.pid, message.started_at, adopted=message.adopted)
         if message.retiring:
             self.book.retire([message.spec.id])
+        self.wake()
+
+    def expired(self, message: Expired) -> None:
+        """The deadline of an attempt in a shared process has passed."""
+        told = (message.runner, message.token, message.kind)
+        self._requests.append(_Request(lambda: self.book.expired(*told, time.time())))
         self.wake()
 
     def reconfigure(self, message: Reconfigure) -> None:
@@ -369,10 +436,14 @@ class Engine:
         if due is not None:
             # A wall clock may step: look at least once a second while a run waits for its time.
             waits.append(min(due - time.time(), 1.0))
+        trial = self.book.casualties.next_trial(self.book.moment)
+        if trial is not None:
+            waits.append(trial - trio.current_time())
         return max(0.0, min(waits, default=_LONGEST_SLEEP))
 
     async def _round(self) -> None:
         self.rounds += 1
+        self.book.moment = trio.current_time()
         requests, self._requests = self._requests, []
         taken = self._pipes.look()
         for request in requests:
@@ -391,9 +462,16 @@ class Engine:
         for request in requests:
             request.settle()
         self.courier.tell()
+        self._tell_notes()
         over, self._round_over = self._round_over, trio.Event()
         over.set()
         await trio.lowlevel.checkpoint()
+
+    def _tell_notes(self) -> None:
+        notes = self.book.casualties.notes()
+        if notes != self._notes:
+            self._notes = notes
+            self.tell(Notes(notes=notes))
 
     async def _commit(self, batch: Batch) -> None:
         delay, longest = _RETRY
@@ -436,8 +514,7 @@ class Engine:
         for message in after.control:
             self.tell(message)
         for id, order in after.orders:
-            self._pipes.order(id, order)
-            if isinstance(order, Start):
+            if self._pipes.give(id, order) and isinstance(order, Start):
                 failpoints.hit("start.ordered")
         for created in after.created:
             self.intake.created(created)
@@ -475,9 +552,10 @@ class Engine:
     async def flush(self) -> None:
         """Return when one more round is committed, or the store does not take it."""
         try:
-            await self.decide(lambda: None)
-        except NotWritable as error:
-            logger.error("left with a round that is not committed: %s", error)
+            with trio.fail_after(_STALLED_FLUSH if self.store_error else math.inf):
+                await self.decide(lambda: None)
+        except (NotWritable, trio.TooSlowError) as error:
+            logger.error("left with a round that is not committed: %s", self.store_error or error)
 
     def close(self) -> None:
         """Let go of every descriptor."""

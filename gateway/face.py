@@ -10,7 +10,7 @@ from gateway.store.protocol import Store
 from gateway.store.rows import RunRow
 from gateway.submission import Catalogue, Submission
 from taskkit.settings import Settings
-from taskkit.wire.messages import Answer, Row, TaskInfo
+from taskkit.wire.messages import Answer, Created
 
 
 class RunnerView(Protocol):
@@ -54,11 +54,17 @@ class Engine(Protocol):
     async def cancel(self, run: RunRow, grace: float | None) -> RunRow:
         """Ask the run to stop. Raises LifecycleError when it has ended."""
 
-    async def create_row(self, task: TaskInfo, fields: dict[str, Any]) -> Row:
-        """Have an intake runner save a task row. Raises InvalidArguments, NotWritable."""
+    async def create_row(self, submission: Submission, fields: dict[str, Any]) -> Created:
+        """Have an intake runner save a task row, its submission with it. Raises SubmitError."""
 
     async def ask(self, app: str, model: str, pk: str) -> Answer:
         """Ask the courier about a task row. Raises NotWritable when it is away."""
+
+    async def end_runner(self, id: str, *, now: bool) -> bool:
+        """Have a runner leave, with or without its runs; return whether one lives by this id. Raises NotWritable."""
+
+    async def reset_task(self, task: str) -> bool:
+        """Let the runs of a held task go; return whether it was held. Raises NotWritable."""
 
     def runners(self) -> Sequence[RunnerView]:
         """Return every runner."""

@@ -35,12 +35,13 @@ FAREWELL: Final = (500, 5_000)
 
 
 class Entry:
-    """One event, with its SSE bytes rendered at most once for everybody."""
+    """One event, with its SSE bytes rendered at most once for everybody. `epoch` is that of its run."""
 
-    __slots__ = ("_sse", "row")
+    __slots__ = ("_epoch", "_sse", "row")
 
-    def __init__(self, row: EventRow) -> None:
+    def __init__(self, row: EventRow, epoch: int = 0) -> None:
         self.row = row
+        self._epoch = epoch
         self._sse: bytes | None = None
 
     @property
@@ -48,10 +49,15 @@ class Entry:
         return self.row.offset
 
     @property
+    def id(self) -> str:
+        """The cursor behind this event."""
+        return sse.event_id(self._epoch, self.row.offset)
+
+    @property
     def sse(self) -> bytes:
         """The event block as every EventSource gets it."""
         if self._sse is None:
-            self._sse = sse.event_bytes(self.row.offset, self.row.type, self.row.data)
+            self._sse = sse.event_bytes(self.id, self.row.type, self.row.data)
         return self._sse
 
     @property
@@ -61,12 +67,13 @@ class Entry:
 
 
 class Ring:
-    """The newest events of a run, consecutive, bounded by number and bytes."""
+    """The newest events of a run of this epoch, consecutive, bounded by number and bytes."""
 
-    __slots__ = ("_entries", "weight")
+    __slots__ = ("_entries", "_epoch", "weight")
 
-    def __init__(self) -> None:
+    def __init__(self, epoch: int = 0) -> None:
         self._entries: deque[Entry] = deque()
+        self._epoch = epoch
         self.weight = 0
 
     def __len__(self) -> int:
@@ -77,7 +84,7 @@ class Ring:
         if self._entries and row.offset != self._entries[-1].offset + 1:
             self._entries.clear()
             self.weight = 0
-        entry = Entry(row)
+        entry = Entry(row, self._epoch)
         self._entries.append(entry)
         self.weight += entry.weight
         while self._entries and (len(self._entries) > RING_EVENTS or self.weight > RING_BYTES):
@@ -125,10 +132,10 @@ class Subscription:
 
     __slots__ = ("_hub", "_number", "_run")
 
-    def __init__(self, hub: Hub, number: int) -> None:
+    def __init__(self, hub: Hub, number: int, epoch: int) -> None:
         self._hub = hub
         self._number = number
-        self._run = hub._join(number)
+        self._run = hub._join(number, epoch)
 
     def __enter__(self) -> Self:
         return self
@@ -258,9 +265,12 @@ class Hub:
         for state in self._runs.values():
             state.wake()
 
-    def attach(self, run: int) -> Subscription:
-        """Return a subscription to the run with this number, open or not; use it as a context manager."""
-        return Subscription(self, run)
+    def attach(self, run: int, epoch: int = 0) -> Subscription:
+        """Return a subscription to the run with this number, open or not; use it as a context manager.
+
+        `epoch` is the run's: it grows only when the store is opened, so everybody who attaches says the same.
+        """
+        return Subscription(self, run, epoch)
 
     def statistics(self) -> dict[str, int]:
         """Return counts of what the hub holds now, and of what it has handed out."""
@@ -273,11 +283,11 @@ class Hub:
             "published": self._published,
         }
 
-    def _join(self, number: int) -> _Run:
+    def _join(self, number: int, epoch: int) -> _Run:
         state = self._runs.setdefault(number, _Run())
         state.subscribers += 1
         if state.ring is None:
-            state.ring = Ring()
+            state.ring = Ring(epoch)
         return state
 
     def _leave(self, number: int, state: _Run) -> None:

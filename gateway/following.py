@@ -39,11 +39,12 @@ class Line:
 
     row: OutputRow
     position: int
+    epoch: int = 0
 
     @property
     def id(self) -> str:
         """The cursor behind this line."""
-        return f"{self.position}.{self.row.offset}"
+        return sse.event_id(self.epoch, self.position, self.row.offset)
 
     def data(self, run: str) -> bytes:
         """Return the line as the data of a `log` event."""
@@ -52,10 +53,20 @@ class Line:
 
 @dataclass(frozen=True, slots=True)
 class Reset:
-    """The events in front of `start` cannot be had: they were removed, or never were."""
+    """The events in front of `start` cannot be had: they were removed, never were, or are others now.
+
+    `reason`: "trimmed" (by retention), "ahead" (the cursor is behind the newest event, or of an epoch that never
+    was), "epoch" (the machine lost power, and with it perhaps events that the client has seen).
+    """
 
     start: int
     reason: str
+    epoch: int = 0
+
+    @property
+    def id(self) -> str:
+        """The cursor in front of `start`."""
+        return sse.event_id(self.epoch, max(0, self.start - 1))
 
 
 Piece = Entry | Line | Reset
@@ -77,10 +88,12 @@ class Follower:
         tail = max(run.tail, subscription.tail or 0)
         self.after = cursor.resolve(tail)
         self._reason = "trimmed"
-        self._must_reset = self.after > tail
+        other_epoch = not cursor.is_of(run.epoch)
+        self._must_reset = other_epoch or self.after > tail
         if self._must_reset:
             # The client saw events that the store lost, or made its cursor up: begin anew, and say so.
-            self.after, self._reason = 0, "ahead"
+            self.after = 0
+            self._reason = "epoch" if other_epoch and cursor.epoch < run.epoch else "ahead"
         self._output = output
         self._line = cursor.line if not self._must_reset else None
         if cursor.origin is Origin.NOW:
@@ -130,14 +143,14 @@ class Follower:
             start = entries[0].offset
             self.done = False
         if self._must_reset or start > self.after + 1:
-            pieces.append(Reset(start, self._reason))
+            pieces.append(Reset(start, self._reason, self._run.epoch))
             self.after = start - 1
             self._must_reset, self._reason = False, "trimmed"
         return entries
 
     async def _stored(self) -> list[Entry]:
         rows = await self._store.events(self._run.no, self.after, READ_ROWS, READ_BYTES)
-        return [Entry(row) for row in rows]
+        return [Entry(row, self._run.epoch) for row in rows]
 
     async def _closed_tail(self) -> int:
         """Return the last offset of a run that the hub does not have open, and note what that means."""
@@ -192,7 +205,7 @@ class Follower:
 
     def _take(self, row: OutputRow) -> Line:
         self._line = row.offset
-        return Line(row, self.after)
+        return Line(row, self.after, self._run.epoch)
 
 
 async def wait_for_end(store: Store, hub: Hub, run: RunRow, client: Client, seconds: float) -> RunRow:
@@ -202,7 +215,7 @@ async def wait_for_end(store: Store, hub: Hub, run: RunRow, client: Client, seco
       StoreError: the disk does not answer.
     """
     deadline = trio.current_time() + seconds
-    with hub.attach(run.no) as subscription:
+    with hub.attach(run.no, run.epoch) as subscription:
         while True:
             run = await store.run(run.id) or run
             now = trio.current_time()

@@ -1,14 +1,22 @@
-"""Rows of model tasks, saved by runners of their own."""
+"""Rows of model tasks, saved by runners of their own.
+
+Promise: a row exists exactly if its run does, sooner or later. The runner saves the row together with an outbox
+entry of the submission, in one transaction, so whatever fails between the save and the commit of the run (the store,
+this process, the answer), the courier submits that entry. The same submission again, by its id or its idempotency
+key, finds the row that was saved. Nothing is saved while the store is known not to take a run, or the queue is full.
+"""
 
 from __future__ import annotations
 
 import secrets
 from typing import TYPE_CHECKING, Any, Final
 
+import msgspec
 import trio
 
-from taskkit.errors import InvalidArguments, NotWritable
-from taskkit.wire.messages import Create, Created, Kill, Row, TaskInfo
+from gateway.submission import Submission
+from taskkit.errors import InvalidArguments, NotWritable, QueueFull
+from taskkit.wire.messages import Create, Created, Kill, Submit
 
 if TYPE_CHECKING:
     from gateway.engine import Engine
@@ -47,13 +55,15 @@ class Intake:
                 return id
         return None
 
-    async def create(self, task: TaskInfo, fields: dict[str, Any]) -> Row:
+    async def create(self, submission: Submission, fields: dict[str, Any]) -> Created:
         """Have a row saved; see `Engine.create_row`."""
+        self._check_room()
         ask = secrets.token_hex(8)
+        order = Create(ask=ask, task=submission.task.name, fields=fields, submission=_entry(submission))
         runner: str | None = None
         try:
             with trio.fail_after(_SECONDS):
-                runner = await self._give(Create(ask=ask, task=task.name, fields=fields))
+                runner = await self._give(order)
                 while ask not in self._answers:
                     if runner not in self._engine.book.runners:
                         raise NotWritable("the process that saves rows died over this one", retry_after=2)
@@ -69,7 +79,15 @@ class Intake:
             answer = self._answers.pop(ask, None)
             self.look()
         assert answer is not None
-        return _row_of(answer)
+        return _checked(answer)
+
+    def _check_room(self) -> None:
+        """Refuse before anything is saved what could not become a run now."""
+        if self._engine.store_error:
+            raise NotWritable(self._engine.store_error, retry_after=2)
+        limit = self._engine.settings.limits.queued_runs
+        if len(self._engine.book.queues) >= limit:
+            raise QueueFull(f"{limit} runs wait already (LIMITS.queued_runs)", retry_after=5)
 
     async def _give(self, order: Create) -> str:
         while True:
@@ -86,10 +104,28 @@ class Intake:
             await self._changed.wait()
 
 
-def _row_of(answer: Created) -> Row:
+def _checked(answer: Created) -> Created:
     if answer.row is not None:
-        return answer.row
+        return answer
     if answer.errors:
         raise InvalidArguments("the row is not valid", errors=answer.errors)
     failure = answer.failure
     raise NotWritable(failure.message if failure else "the row could not be saved", retry_after=2)
+
+
+def _entry(submission: Submission) -> Submit:
+    """Return the submission as its outbox entry has it; the row is still to come."""
+    return Submit(
+        id=submission.id,
+        task=submission.task.name,
+        pool=submission.pool,
+        priority=submission.priority,
+        run_after=submission.run_after,
+        timeout=submission.timeout,
+        max_attempts=submission.max_attempts,
+        metadata=msgspec.json.decode(submission.metadata),
+        tags=list(submission.tags),
+        subject=submission.subject,
+        key=submission.key,
+        digest=submission.digest,
+    )

@@ -11,12 +11,24 @@ from typing import TYPE_CHECKING, Any, Final
 import msgspec
 import trio
 
+from gateway.store.protocol import StoreError
 from gateway.store.rows import RunRow
 from gateway.submission import Submission, parse_submission
 from taskkit import failpoints
 from taskkit.channel import Channel
 from taskkit.errors import NotWritable, RemoteWireError, SubmitError
-from taskkit.wire.messages import Answer, Ask, CourierToGateway, Row, Submit, Submitted, Told, Transition
+from taskkit.wire.messages import (
+    Answer,
+    Ask,
+    CourierToGateway,
+    Forgotten,
+    Recall,
+    Row,
+    Submit,
+    Submitted,
+    Told,
+    Transition,
+)
 
 if TYPE_CHECKING:
     from gateway.engine import Engine
@@ -29,7 +41,7 @@ _WINDOW: Final = 100
 #: Seconds for an answer about a row.
 _ASK_SECONDS: Final = 5.0
 
-Incoming = Submit | Told | Answer
+Incoming = Submit | Told | Answer | Recall
 
 
 class CourierLink:
@@ -81,6 +93,8 @@ class CourierLink:
                 nursery.start_soon(self._submit, channel, message)
             elif isinstance(message, Told):
                 self._told(message)
+            elif isinstance(message, Recall):
+                nursery.start_soon(self._recall, channel, message)
             elif (waiting := self._asked.get(message.ask)) is not None:
                 waiting[1].append(message)
                 waiting[0].set()
@@ -139,6 +153,18 @@ class CourierLink:
         self._engine.book.told(message.run, no, message.version)
         self._engine.wake()
 
+    async def _recall(self, channel: Channel[Incoming], message: Recall) -> None:
+        book, store = self._engine.book, self._engine.store
+        for id, version in message.runs.items():
+            try:
+                run = book.find(id) or await store.run(id)
+            except StoreError:  # the courier asks again some other time
+                return
+            if run is None:
+                channel.send(Forgotten(run=id))
+            elif run.version > version and run.no not in book.untold:
+                channel.send(transition_of(run))
+
     # --- questions -----------------------------------------------------------------------------------------
 
     async def ask(self, app: str, model: str, pk: str) -> Answer:
@@ -183,15 +209,15 @@ def transition_of(run: RunRow) -> Transition:
         task=run.task,
         status=run.status.value,
         attempt=run.attempt,
-        args=msgspec.json.decode(run.args),
-        kwargs=msgspec.json.decode(run.kwargs),
+        args=run.args,
+        kwargs=run.kwargs,
         row=None if run.row is None else msgspec.json.decode(run.row, type=Row),
         created_at=run.created_at,
         started_at=run.started_at,
         finished_at=run.finished_at,
         result=run.result,
         error=run.error,
-        metadata=msgspec.json.decode(run.metadata),
+        metadata=run.metadata,
         tags=list(run.tags),
         using=run.using,
     )

@@ -33,6 +33,10 @@ ACCEPT_PAUSE: Final = 0.1
 #: Seconds between two lines in the log about that.
 ACCEPT_COMPLAINT: Final = 10.0
 
+#: Descriptors that no connection gets, however low RLIMIT_NOFILE is by now: those of new runners, three each, of the
+#: store's readers, of large messages. A runner's ends that find no room cost the gateway its life.
+RESERVE: Final = 64
+
 #: Clients above the cap that are told so at the same time; further ones get RST without a word.
 REFUSALS: Final = 64
 
@@ -158,7 +162,7 @@ class _Server:
 
     def _admit(self, sock: trio.socket.SocketType) -> None:
         """Give the connection a task. Counted here, not in the task, so that no burst slips past the cap."""
-        if len(self._open) >= self._room:
+        if len(self._open) >= self._room or _is_in_reserve(sock):
             self._refuse(sock)
             return
         try:
@@ -209,6 +213,14 @@ def _room(connections: int) -> int:
     """Return how many connections there may be: `connections`, or what RLIMIT_NOFILE leaves room for."""
     descriptors, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return connections if descriptors == resource.RLIM_INFINITY else min(connections, descriptors * 3 // 4)
+
+
+def _is_in_reserve(sock: trio.socket.SocketType) -> bool:
+    """Whether the connection has one of the last descriptors: the kernel gives out the lowest that is free."""
+    descriptors, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return descriptors != resource.RLIM_INFINITY and sock.fileno() >= descriptors - min(
+        RESERVE, descriptors // 4
+    )
 
 
 def _config(limits: ServeLimits) -> Config:

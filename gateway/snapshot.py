@@ -12,6 +12,7 @@ from typing import Any, Final
 
 import msgspec
 
+from gateway import sse
 from gateway.store.rows import AttemptRow, OutputRow, RunRow
 from taskkit.wire.messages import TaskInfo
 
@@ -65,6 +66,7 @@ def summary(run: RunRow) -> dict[str, Any]:
         "error": raw(run.error),
         "metadata": raw(run.metadata),
         "tags": run.tags,
+        "replay_of": run.replay_of,
         "urls": urls(run.id),
     }
 
@@ -87,9 +89,10 @@ def snapshot(
     return {
         **summary(run),
         "result": result,
+        "result_expired": run.result_expired,
         "attempts": [attempt(row, tails.get(row.number)) for row in attempts],
         "subscribers": subscribers,
-        "offsets": {"first": first, "last": run.tail},
+        "offsets": {"first": first, "last": run.tail, "cursor": sse.event_id(run.epoch, run.tail)},
     }
 
 

@@ -35,13 +35,23 @@ CURSOR_PARAMETERS: Final = ("after", "last_event_id", "lastEventId")
 # CR, LF and CRLF end a line (WHATWG HTML §9.2.5); nothing else does, not even U+2028.
 _LINE_BREAK: Final = re.compile(rb"\r\n|\r|\n")
 _UNSAFE_IN_FIELD: Final = re.compile(r"[\r\n\0]")
-_OFFSET: Final = re.compile(r"[0-9]{1,18}")
-_LOG: Final = re.compile(r"([0-9]{1,18})\.([0-9]{1,18})")
+#: An id: `offset`, behind a power cut `eN-offset`; an output line adds `.line`. Epoch 0 is never written.
+_ID: Final = re.compile(r"(?:e([1-9][0-9]{0,8})-)?([0-9]{1,18})(?:\.([0-9]{1,18}))?")
 
 
 def _field(text: str) -> bytes:
     """Return `text` fit for one field: a break in it would let a task forge events, NUL voids an id."""
     return _UNSAFE_IN_FIELD.sub("", text).encode("utf-8", "replace")
+
+
+def event_id(epoch: int, offset: int, line: int | None = None) -> str:
+    """Return the id of an event, or of output line `line` behind it.
+
+    The epoch of a run grows when its newest events may have been lost with the machine's power; only then is it
+    written, so that an id of before cannot be taken for the event that has its offset now.
+    """
+    id = f"e{epoch}-{offset}" if epoch else str(offset)
+    return id if line is None else f"{id}.{line}"
 
 
 def event_bytes(offset: int | str | None, type: str, data: bytes) -> bytes:
@@ -72,9 +82,9 @@ def reset_data(start: int, reason: str) -> bytes:
     return msgspec.json.encode({"from": start, "reason": reason})
 
 
-def reset_event(start: int, reason: str) -> bytes:
+def reset_event(start: int, reason: str, epoch: int = 0) -> bytes:
     """Return `stream.reset`; its id is the cursor in front of `start`, so a reconnect continues there."""
-    return event_bytes(max(0, start - 1), "stream.reset", reset_data(start, reason))
+    return event_bytes(event_id(epoch, max(0, start - 1)), "stream.reset", reset_data(start, reason))
 
 
 def ndjson_line(id: int | str, type: str, data: bytes) -> bytes:
@@ -128,11 +138,15 @@ class Origin(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class Cursor:
-    """A position in a stream: events up to `offset` and, if known, output lines up to `line` were seen."""
+    """A position in a stream: events up to `offset` and, if known, output lines up to `line` were seen.
+
+    `epoch` is that of the run when they were seen.
+    """
 
     origin: Origin = Origin.AFTER
     offset: int = 0
     line: int | None = None
+    epoch: int = 0
 
     def resolve(self, tail: int) -> int:
         """Return the offset to read after when the newest event has offset `tail`."""
@@ -140,14 +154,20 @@ class Cursor:
             return tail
         return max(0, tail - 1) if self.origin is Origin.LATEST else self.offset
 
+    def is_of(self, epoch: int) -> bool:
+        """Whether it means something in a run of this epoch; one in front of everything always does."""
+        seen_nothing = self.offset == 0 and not self.line
+        return self.origin is not Origin.AFTER or self.epoch == epoch or seen_nothing
+
 
 def _parse(text: str) -> Cursor | None:
     if len(text) > MAX_CURSOR:
         return None
-    if _OFFSET.fullmatch(text):
-        return Cursor(offset=int(text))
-    match = _LOG.fullmatch(text)
-    return Cursor(offset=int(match[1]), line=int(match[2])) if match else None
+    match = _ID.fullmatch(text)
+    if match is None:
+        return None
+    epoch, offset, line = match.groups()
+    return Cursor(offset=int(offset), line=None if line is None else int(line), epoch=int(epoch or 0))
 
 
 def parse_cursor(last_event_id: str | None, parameters: Mapping[str, str]) -> Cursor:

@@ -18,6 +18,11 @@ class OpenAttempt:
     run: RunRow
     stopping: bool = False
 
+    @property
+    def overdue(self) -> bool:
+        """Whether it has exceeded its timeout in a shared process, and was asked to stop."""
+        return self.row.cause is not None and self.row.ending is None
+
 
 @dataclass(slots=True)
 class RunnerState:
@@ -29,6 +34,7 @@ class RunnerState:
       exited: its cause of death.
       corrupt: what was wrong with its events pipe; nothing behind that is read.
       adopted: it was there before this gateway: its pipe may begin inside a frame.
+      abandoned: attempts that were ended without it, and that it may still perform.
     """
 
     spec: RunnerSpec
@@ -43,6 +49,12 @@ class RunnerState:
     retiring: bool = False
     exited: Cause | None = None
     corrupt: str = ""
+    abandoned: int = 0
+
+    @property
+    def shared(self) -> bool:
+        """Whether several runs are performed in this process."""
+        return self.spec.concurrency > 1
 
     @property
     def seat(self) -> Seat:

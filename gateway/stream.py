@@ -58,7 +58,7 @@ def _as_sse(piece: Piece, run: str) -> bytes:
         return piece.sse
     if isinstance(piece, Line):
         return sse.event_bytes(piece.id, "log", piece.data(run))
-    return sse.reset_event(piece.start, piece.reason)
+    return sse.reset_event(piece.start, piece.reason, piece.epoch)
 
 
 def _as_ndjson(piece: Piece, run: str) -> bytes:
@@ -74,10 +74,10 @@ def _as_text(piece: Piece, run: str) -> bytes:
 def _parts(piece: Piece, run: str) -> tuple[str, str, bytes]:
     """Return id, type and data of a piece."""
     if isinstance(piece, Entry):
-        return str(piece.offset), piece.row.type, piece.row.data
+        return piece.id, piece.row.type, piece.row.data
     if isinstance(piece, Line):
         return piece.id, "log", piece.data(run)
-    return str(max(0, piece.start - 1)), "stream.reset", sse.reset_data(piece.start, piece.reason)
+    return piece.id, "stream.reset", sse.reset_data(piece.start, piece.reason)
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,7 +157,7 @@ class RunStream:
         """Send everything until the stream ends; return the bytes to end it with."""
         ends_at = self._ends_at()
         self._silent_since = trio.current_time()
-        with self._hub.attach(self._run.no) as subscription:
+        with self._hub.attach(self._run.no, self._run.epoch) as subscription:
             follower = Follower(
                 self._store, subscription, self._run, self._wish.cursor, output=self._wish.output
             )
@@ -220,7 +220,7 @@ async def read_page(
       StoreError: the disk does not answer.
     """
     deadline = trio.current_time() + wait
-    with hub.attach(run.no) as subscription:
+    with hub.attach(run.no, run.epoch) as subscription:
         follower = Follower(store, subscription, run, cursor, output=output)
         start = follower.after
         pieces = await follower.read()
@@ -234,11 +234,13 @@ async def read_page(
         "events": [
             {"id": id, "type": type, "data": msgspec.Raw(data or b"null")} for id, type, data in parts
         ],
-        "next": parts[-1][0] if parts else str(start),
+        "next": parts[-1][0] if parts else sse.event_id(run.epoch, start),
         "ended": follower.done and len(pieces) <= limit,
     }
 
 
 def is_over(run: RunRow, cursor: Cursor) -> bool:
     """Whether nothing can follow `cursor`: the run has finished, and the client has all of it."""
-    return run.status.is_terminal and run.tail > 0 and cursor.resolve(run.tail) >= run.tail
+    if not (run.status.is_terminal and run.tail > 0 and cursor.is_of(run.epoch)):
+        return False
+    return cursor.resolve(run.tail) >= run.tail

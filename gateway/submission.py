@@ -19,6 +19,7 @@ from typing import Any, Final
 import msgspec
 
 from gateway.arguments import MAX_ERRORS, Validator, argument_errors, compile_schema, unfit
+from gateway.store.rows import RunRow
 from taskkit.errors import InvalidArguments, UnknownTask
 from taskkit.identifiers import new_run_id, parse_run_id
 from taskkit.settings import LimitSettings, PoolSettings
@@ -61,6 +62,7 @@ class Submission:
       origin: "http" or "outbox".
       using: alias of the Django database that the run is projected to.
       key: the idempotency key; digest: of the body that came with it.
+      replay_of: id of the ended run whose arguments it has.
     """
 
     id: str
@@ -80,6 +82,7 @@ class Submission:
     using: str = "default"
     key: str | None = None
     digest: bytes = b""
+    replay_of: str | None = None
 
 
 class Catalogue:
@@ -190,6 +193,46 @@ def row_submission(
         subject=subject,
         origin=origin,
         using=row.using,
+    )
+
+
+def replay_of(
+    run: RunRow,
+    body: Mapping[str, Any],
+    task: TaskInfo,
+    *,
+    subject: str,
+    pools: Mapping[str, PoolSettings],
+) -> Submission:
+    """Return the submission that has an ended run performed again: same arguments, options, row.
+
+    Only its time to wait for has passed; and when its pool is gone, it goes where the task belongs now. `body` may
+    have an `id`, that of a 503 answer.
+
+    Raises:
+      InvalidArguments: the body has something else.
+    """
+    errors = {str(key)[:100]: "is no field here; there is id" for key in body if key != "id"}
+    id = _Reader(body, errors, row_exists=True).id()
+    if errors:
+        raise InvalidArguments("the replay is invalid", errors=errors)
+    return Submission(
+        id=id,
+        task=task,
+        args=run.args,
+        kwargs=run.kwargs,
+        row=None if run.row is None else msgspec.json.decode(run.row, type=Row),
+        pool=run.pool if run.pool in pools else task.pool,
+        priority=run.priority,
+        run_after=None,
+        timeout=run.timeout,
+        max_attempts=run.max_attempts,
+        metadata=run.metadata,
+        tags=run.tags,
+        subject=subject,
+        origin=run.origin,
+        using=run.using,
+        replay_of=run.id,
     )
 
 

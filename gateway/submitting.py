@@ -12,12 +12,12 @@ from starlette.responses import Response
 
 from gateway.auth import Authenticator
 from gateway.face import Engine
-from gateway.reading import Refusal, parse_object, read_body_of_json
+from gateway.reading import Refusal, parse_object, read_body_of_json, read_object
 from gateway.resource import answer
 from gateway.snapshot import accepted, urls
 from gateway.store.protocol import StoreError
 from gateway.store.rows import RunRow
-from gateway.submission import Submission, body_digest, parse_submission
+from gateway.submission import Submission, body_digest, parse_submission, replay_of
 from taskkit import failpoints, tokens
 from taskkit.errors import (
     Forbidden,
@@ -26,6 +26,7 @@ from taskkit.errors import (
     QueueFull,
     UnknownTask,
 )
+from taskkit.identifiers import parse_run_id
 from taskkit.tokens import Claims
 
 #: Seconds that the token of one run is good for.
@@ -71,6 +72,39 @@ class Submitting:
         if replayed:
             _check_ownership(run, submission)
         return self._answer(run, replayed, claims)
+
+    async def replay(self, request: Request) -> Response:
+        """Serve POST /api/v1/runs/{id}/replay: an ended run is performed again, as a new one."""
+        claims = self._authenticator.require(request, "submit")
+        key = _idempotency_key(request)
+        body = await read_object(request, self._engine.settings.limits.body_bytes)
+        old = await self._ended_run(request.path_params["id"], claims)
+        submission = replay_of(
+            old,
+            body,
+            self._engine.catalogue.find(old.task),
+            subject=claims.subject,
+            pools=self._engine.settings.all_pools,
+        )
+        if key is not None:
+            submission.key, submission.digest = key, body_digest({"replay": old.id})
+        with _retry_hints(submission):
+            run, replayed = await self._engine.submit(submission)
+        if replayed:
+            _check_ownership(run, submission)
+        return self._answer(run, replayed, claims)
+
+    async def _ended_run(self, text: str, claims: Claims) -> RunRow:
+        id = parse_run_id(text)
+        run = None if id is None else await self._engine.store.run(id)
+        if run is None or not (claims.may("read") and claims.sees_run(run.id, run.task)):
+            raise Refusal("unknown-run", "there is no such run, or the token does not reach it")
+        self._check_reach(run.task, claims)
+        if not run.status.is_terminal:
+            raise Refusal(
+                "run-open", f"run {run.id} is {run.status.value}; it can be performed again when it has ended"
+            )
+        return run
 
     def _answer(self, run: RunRow, replayed: bool, claims: Claims) -> Response:
         token = tokens.issue(

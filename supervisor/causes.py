@@ -11,7 +11,7 @@ from taskkit.wire.messages import Cause
 
 #: Exit codes of a runner itself (taskkit.zygote.roles, taskkit.runner.emitter), not of user code.
 _OWN_EXITS: Final = {
-    70: ("boot", "the runner could not start; the supervisor's log has the traceback"),
+    70: ("boot", "the runner could not start"),
     71: ("descriptors", "the task closed descriptors of its runner, which could no longer speak"),
     75: ("lost", "the supervisor had gone when the runner was born"),
 }
@@ -23,6 +23,7 @@ _ORDERED: Final = {
     "stopped": "the tree stops, and the task did not stop within its grace",
     "corrupt": "the task wrote bytes of its own into its runner's events pipe",
     "operator": "an operator ended the runner",
+    "abandoned": "nothing was left on the runner but attempts that had been ended without it",
 }
 
 
@@ -38,6 +39,7 @@ class Death:
       faults: what faulthandler wrote.
       oom_kills: how many OOM kills the kernel counted in our memory cgroup since the last death, None if unknown.
       memory_pressure: whether the machine's memory was nearly used up.
+      cpu_limit: seconds of CPU after which the kernel sends SIGXCPU; SIGKILL follows a little later.
     """
 
     status: int
@@ -48,6 +50,7 @@ class Death:
     faults: str = ""
     oom_kills: int | None = None
     memory_pressure: bool = False
+    cpu_limit: int | None = None
 
 
 def signal_name(number: int) -> str:
@@ -81,7 +84,9 @@ def _kind(death: Death, name: str | None, code: int | None) -> tuple[str, str]:
     if name is not None:
         return _kind_of_signal(death, name)
     if code in _OWN_EXITS:
-        return _OWN_EXITS[code]
+        kind, detail = _OWN_EXITS[code]
+        last = death.faults.strip().rpartition("\n")[2]  # of a traceback, the exception
+        return kind, f"{detail}: {last}" if last and kind == "boot" else detail
     if code == 0:
         return "no_result", "the process left with exit code 0, but without a result"
     return "exit", f"the process left with exit code {code} in the middle of the task"
@@ -90,7 +95,12 @@ def _kind(death: Death, name: str | None, code: int | None) -> tuple[str, str]:
 def _kind_of_signal(death: Death, name: str) -> tuple[str, str]:
     if name == "SIGXCPU":
         return "cpu_limit", "the process used up its CPU time (RLIMIT_CPU)"
+    if name == "SIGXFSZ":
+        return "signal", "the process wrote more into a file than it may (SIGXFSZ, RLIMIT_FSIZE)"
     if name == "SIGKILL":
+        # setrlimit(2): SIGXCPU at the soft limit, which a task may catch; SIGKILL at the hard one.
+        if death.cpu_limit is not None and death.cpu >= death.cpu_limit and not death.oom_kills:
+            return "cpu_limit", "the process ignored SIGXCPU and used up its CPU time to the last (RLIMIT_CPU)"
         if death.oom_kills:
             return "oom", "the kernel's OOM killer ended the process (its memory cgroup counted the kill)"
         if death.oom_kills is None and death.memory_pressure:

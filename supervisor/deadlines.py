@@ -32,10 +32,12 @@ class DeadlineLedger:
         self._paused_at: float | None = None
 
     def arm(self, order: Deadline, now: float) -> None:
-        """Add a deadline, or replace the one of the same runner, token and kind."""
+        """Add a deadline, or replace the one of the same runner, token and kind; with `at_most` the earlier stands."""
         # While time stands still it is still the moment of the pause; `resume` adds what has stood since then.
         moment = now if self._paused_at is None else self._paused_at
-        self._at[order.runner, order.token, order.kind] = (moment + order.after, order.grace)
+        key, at = (order.runner, order.token, order.kind), moment + order.after
+        if not order.at_most or at < self._at.get(key, (_FOREVER, 0.0))[0]:
+            self._at[key] = (at, order.grace)
 
     def disarm(self, runner: str, token: str | None = None) -> None:
         """Forget the deadlines of one attempt, or of a runner that is dead."""

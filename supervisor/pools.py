@@ -176,8 +176,12 @@ class Pools:
     def died_idle(self, runner: Runner) -> None:
         """A runner died before anybody gave it work, so it is not a task's fault: make the next one later."""
         pool = self._pools.get(runner.spec.pool)
+        assert runner.exited is not None
+        cause = runner.exited.cause
+        told = (runner.spec.pool, runner.spec.id, cause.detail, cause.traceback)
+        logger.warning("pool %s: runner %s died before it had work: %s\n%s", *told)
         if pool is not None:  # a reload may have removed it
-            self._back_off(pool, "" if runner.exited is None else runner.exited.cause.detail)
+            self._back_off(pool, cause.detail or cause.kind)
 
     def _back_off(self, pool: Pool, trouble: str) -> None:
         pool.trouble = trouble

@@ -294,6 +294,7 @@ class Runners:
                 faults=faults,
                 oom_kills=self._oom.since_last(),
                 memory_pressure=memory.is_scarce(),
+                cpu_limit=runner.spec.cpu_limit,
             )
         )
 

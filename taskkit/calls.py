@@ -146,9 +146,27 @@ def cancel_call(run: str, grace: float | None) -> Call:
     return Call(method="POST", path=run_path(run, "/cancel"), body=body, repeatable=False)
 
 
+def replay_call(run: str, key: str | None) -> Call:
+    """Return the call that has an ended run performed again."""
+    # Without a key, a repeat after a lost answer would be one run more.
+    headers = {"Idempotency-Key": key or uuid.uuid4().hex}
+    return Call(method="POST", path=run_path(run, "/replay"), headers=headers)
+
+
+def operate_call(*parts: str) -> Call:
+    """Return the call of an operator's order, such as `runners, ID, "kill"`."""
+    path = "/".join(quote(part, safe="") for part in parts)
+    return Call(method="POST", path=f"/api/v1/{path}")
+
+
 def runs_call(filters: Mapping[str, Any]) -> Call:
     """Return the call that lists runs."""
     return Call(path="/api/v1/runs", params={k: v for k, v in filters.items() if v is not None})
+
+
+def vacuum_call() -> Call:
+    """Return the call that makes the store's file smaller; the gateway takes up to 10 s for it."""
+    return Call(method="POST", path="/api/v1/vacuum", body={}, timeout=2 * ANSWER)
 
 
 def result_call(run: str, wait: float) -> Call:

@@ -221,6 +221,18 @@ class Client:
         """Return the run's snapshot."""
         return calls.document(await self._asend(calls.Call(path=calls.run_path(run))))
 
+    def replay(self, run: str, *, idempotency_key: str | None = None) -> dict[str, Any]:
+        """Perform an ended run again, as a new one with the same arguments; return what `submit` returns.
+
+        Raises:
+          GatewayError: among others with status 409, when the run has not ended.
+        """
+        return calls.document(self._send(calls.replay_call(run, idempotency_key)))
+
+    async def areplay(self, run: str, *, idempotency_key: str | None = None) -> dict[str, Any]:
+        """Perform an ended run again: see `replay`."""
+        return calls.document(await self._asend(calls.replay_call(run, idempotency_key)))
+
     def runs(self, **filters: Any) -> dict[str, Any]:
         """Return a page of runs, newest first; `filters`: status, task, tag, since, until, limit, cursor."""
         return calls.document(self._send(calls.runs_call(filters)))
@@ -237,6 +249,26 @@ class Client:
         """Return the runner processes: see `runners`."""
         return calls.document(await self._asend(calls.Call(path="/api/v1/runners")))
 
+    def end_runner(self, runner: str, *, now: bool) -> dict[str, Any]:
+        """Have a runner finish what it has and leave, or end it `now`: then its runs are lost.
+
+        Needs a token with the action `operate`.
+        """
+        return calls.document(self._send(calls.operate_call("runners", runner, "kill" if now else "drain")))
+
+    async def aend_runner(self, runner: str, *, now: bool) -> dict[str, Any]:
+        """Have a runner leave: see `end_runner`."""
+        call = calls.operate_call("runners", runner, "kill" if now else "drain")
+        return calls.document(await self._asend(call))
+
+    def reset_task(self, task: str) -> dict[str, Any]:
+        """Let the runs of a task go that is held back; needs a token with the action `operate`."""
+        return calls.document(self._send(calls.operate_call("tasks", task, "reset")))
+
+    async def areset_task(self, task: str) -> dict[str, Any]:
+        """Let the runs of a held task go: see `reset_task`."""
+        return calls.document(await self._asend(calls.operate_call("tasks", task, "reset")))
+
     def tasks(self) -> dict[str, Any]:
         """Return the catalogue of tasks."""
         return calls.document(self._send(calls.Call(path="/api/v1/tasks")))
@@ -252,6 +284,17 @@ class Client:
     async def atask(self, name: str) -> dict[str, Any]:
         """Return one task of the catalogue."""
         return calls.document(await self._asend(calls.Call(path=f"/api/v1/tasks/{quote(name, safe='')}")))
+
+    def vacuum(self) -> dict[str, Any]:
+        """Give free pages of the store back to the disk for some seconds; needs the action `operate`.
+
+        Returns `{freed_bytes, free_bytes, file_bytes, incremental, seconds}`; `free_bytes` is what is left to do.
+        """
+        return calls.document(self._send(calls.vacuum_call()))
+
+    async def avacuum(self) -> dict[str, Any]:
+        """Give free pages of the store back to the disk: see `vacuum`."""
+        return calls.document(await self._asend(calls.vacuum_call()))
 
     # --- result ---------------------------------------------------------------------------------------------
 

@@ -174,15 +174,22 @@ class Verdict:
     Attributes:
       event: what happens to the run.
       delay: seconds before the next attempt may start; 0.0 unless the event leads back to READY.
+      quarantined: the run has killed too many runners to be tried again.
     """
 
     event: RunEvent
     delay: float = 0.0
+    quarantined: bool = False
 
 
 #: Seconds before an attempt follows a crash, by number of attempts so far; the last one repeats. A crash has no
 #: exception for the user's `backoff` to look at, so the policy is numeric.
 CRASH_BACKOFF: Final = (0.5, 2.0, 10.0, 60.0)
+
+#: Runners that one run may kill; then it is quarantined, whatever `max_attempts` still allows. Two can be chance
+#: (memory was short, a library's race), a third is the run. Precedent: Sidekiq Pro calls a poison pill what it had
+#: to recover three times.
+QUARANTINE_AFTER: Final = 3
 
 
 def verdict(
@@ -194,6 +201,7 @@ def verdict(
     cancelling: bool,
     retry_in: float | None = None,
     lost: int = 0,
+    crashes: int = 0,
 ) -> Verdict:
     """Decide what the ending of attempt number `attempts` (counted from 1) means for the run.
 
@@ -201,7 +209,7 @@ def verdict(
     task's fault: it goes back uncounted, or fails when `on_lost` is "fail". `retry_in` is what the user's
     `backoff` said in the runner, in seconds; None means that it did not ask for another attempt. `lost` counts how
     often the run was lost unasked, this time included: once may be chance, a run that takes its supervisor along
-    must not do so at every start.
+    must not do so at every start. `crashes` counts the runners that the run has killed, this one included.
     """
     if ending is Ending.RETURNED:
         return Verdict(RunEvent.SUCCEED)
@@ -213,6 +221,8 @@ def verdict(
         return Verdict(
             RunEvent.PUT_BACK, 0.0 if lost < 2 else CRASH_BACKOFF[min(lost - 1, len(CRASH_BACKOFF)) - 1]
         )
+    if ending is Ending.CRASHED and crashes >= QUARANTINE_AFTER:
+        return Verdict(RunEvent.FAIL, quarantined=True)
     if attempts >= max_attempts:
         return Verdict(RunEvent.FAIL)
     if ending is Ending.RAISED:

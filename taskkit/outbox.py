@@ -328,7 +328,7 @@ def _insert(submission: Submit) -> RunHandle:
             return RunHandle(running, submission.using, new=False)
         try:
             with transaction.atomic(using=submission.using):
-                _insert_rows(submission)
+                insert_rows(submission)
         except IntegrityError as error:
             if submission.row is None:
                 raise
@@ -341,7 +341,13 @@ def _insert(submission: Submit) -> RunHandle:
     ) from clash
 
 
-def _insert_rows(submission: Submit) -> None:
+def insert_rows(submission: Submit) -> None:
+    """Insert the outbox entry of `submission` with its projection, in the transaction that is open.
+
+    Raises:
+      IntegrityError: its id is taken, or another open run has its row.
+      DatabaseError: the database is away.
+    """
     key = submission.row.key if submission.row else None
     now = timezone.now()
     payload = msgspec.to_builtins(submission)

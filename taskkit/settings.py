@@ -26,6 +26,8 @@ ENVIRONMENT_PREFIX: Final = "TASKKIT_"
 _Positive = Annotated[int, Meta(ge=1)]
 #: At most a day: a wait without an end is none.
 _Seconds = Annotated[float, Meta(ge=0, le=86_400)]
+#: A second at least, a century at most.
+_Age = Annotated[float, Meta(ge=1, le=3_155_760_000)]
 
 
 def default_runners() -> int:
@@ -39,7 +41,8 @@ class PoolSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     Attributes:
       runners: how many runs at once.
       standby: idle runners kept forked beyond that, so that a start costs about a millisecond.
-      runs: runs per process; 1 gives every run a fresh process.
+      runs: runs per process; 1 gives every run a fresh process. Either way, processes that a run has started end with
+        it.
       concurrency: runs at once in one process (async tasks only); the compartment is then the process.
       start: "fork" from the zygote, or "spawn" for libraries that do not survive a fork.
       loop: event loop of async tasks.
@@ -98,6 +101,45 @@ class LimitSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     restart_delay_seconds: Annotated[float, Meta(ge=0.1, le=3_600)] = 30.0
 
 
+class RetentionSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What the store keeps; null keeps it for ever. A run that is open, or that Django does not know to have ended,
+    is never removed.
+
+    Attributes:
+      run_events: newest events of a run, and as many of its lines. 50 a second for a day are 4.3 million.
+      event_age_seconds: of events and lines; the last event of a run stays as long as the run.
+      event_bytes: of events and lines of all runs together, 64 for each one's own included; the oldest go.
+      run_age_seconds: since its end; the run goes with all that belongs to it.
+      key_age_seconds: of an Idempotency-Key since its first use.
+      every_seconds: between two looks at what is due.
+    """
+
+    run_events: _Positive | None = 5_000_000
+    event_age_seconds: _Age | None = 604_800.0
+    event_bytes: _Positive | None = 4_294_967_296
+    run_age_seconds: _Age | None = 2_592_000.0
+    key_age_seconds: _Age | None = 172_800.0
+    every_seconds: Annotated[float, Meta(ge=0.1, le=86_400)] = 30.0
+
+
+class BreakerSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """When a task is held back whose runs keep killing their processes.
+
+    Attributes:
+      crashes: distinct runs that crash without a success in between; 0 never holds a task back.
+      period: seconds within which they do.
+      pause: seconds until one run is tried; doubled each time that it crashes, too.
+      longest_pause: seconds that the pause grows to.
+      exempt: names of tasks that are never held back, with `*` for any characters.
+    """
+
+    crashes: Annotated[int, Meta(ge=0)] = 5
+    period: Annotated[float, Meta(gt=0, le=86_400)] = 60.0
+    pause: Annotated[float, Meta(gt=0, le=86_400)] = 10.0
+    longest_pause: Annotated[float, Meta(gt=0, le=86_400)] = 300.0
+    exempt: list[str] = []
+
+
 class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, rename="upper"):
     """Everything that can be set.
 
@@ -110,6 +152,11 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, re
       cors_origins: origins whose pages may read answers.
       pools: pools by name; "default" always exists.
       limits: bounds.
+      breaker: when a task is held back.
+      retention: what the store keeps.
+      result_ttl: seconds after a run's end until its result is removed, the run stays; null keeps it.
+      durability: "process": what the death of any process cannot lose; "power": nor can a power cut, at 0.4 ms more
+        per commit.
       intake_runners: runners that validate and save model tasks submitted over HTTP.
       start_on_connect: whether a GET on a seed's route may start a row that never ran.
     """
@@ -122,6 +169,10 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, re
     cors_origins: list[str] = []
     pools: dict[str, PoolSettings] = {}
     limits: LimitSettings = LimitSettings()
+    breaker: BreakerSettings = BreakerSettings()
+    retention: RetentionSettings = RetentionSettings()
+    result_ttl: _Age | None = 604_800.0
+    durability: Literal["process", "power"] = "process"
     intake_runners: Annotated[int, Meta(ge=0)] = 1
     start_on_connect: bool = False
 
@@ -163,6 +214,10 @@ def _convert(value: Any, type: Any, source: str, prefix: str = "") -> Any:
             kind = type if prefix else Settings
             if not prefix and key == "LIMITS":
                 kind = LimitSettings
+            if not prefix and key == "BREAKER":
+                kind = BreakerSettings
+            if not prefix and key == "RETENTION":
+                kind = RetentionSettings
             known = ", ".join(field.encode_name for field in msgspec.structs.fields(kind))
             reason += f"; the keys are {known}"
         raise SettingsError(f"{source}: {key or 'TASKKIT'} = {shown!r:.200}: {reason}") from error
@@ -180,6 +235,11 @@ def load_settings(value: Mapping[str, Any], source: str = "TASKKIT") -> Settings
         )  # one by one: msgspec does not say which of them is wrong
     settings: Settings = _convert(dict(value), Settings, source)
     parse_bind(settings.bind)
+    if settings.breaker.longest_pause < settings.breaker.pause:
+        raise SettingsError(
+            f"{source}: BREAKER.longest_pause = {settings.breaker.longest_pause} is below "
+            f"pause = {settings.breaker.pause}; the pause only grows"
+        )
     for name in settings.pools:
         if not name.isidentifier():
             raise SettingsError(f"{source}: POOLS has the name {name!r}; use letters, digits and underscores")

@@ -2,13 +2,53 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
+from gateway.store.removal import Removal, Removed, RunLength, Usage
 from gateway.store.rows import AttemptRow, Batch, EventRow, KeyRow, Opened, OutputRow, RunFilter, RunRow
 
 
 class StoreError(Exception):
     """The store cannot be written or read now (disk full, read-only, I/O error). Try the same again later."""
+
+
+class Upkeep(Protocol):
+    """What keeps a store from growing for ever, in pieces so small that commits do not notice.
+
+    All methods raise StoreError when the disk does not answer; cancelled, a piece has either happened or not.
+    """
+
+    async def weigh(self) -> None:
+        """Add up what was in the store when it was opened, beside its work; from then on `usage` knows `events`."""
+
+    async def usage(self) -> Usage:
+        """Return what the store takes of the disk."""
+
+    async def remove(self, removal: Removal) -> Removed:
+        """Take one slice out; `more` tells whether to come again."""
+
+    async def lengths(self, runs: Sequence[int], after: int, limit: int) -> list[RunLength]:
+        """Return the lengths of these runs, then of at most `limit` runs with a number > `after`, by number."""
+
+    async def note(self, key: str, value: str) -> None:
+        """Remember `value`; when this returns, a power cut brings nothing back that was taken out before."""
+
+    async def noted(self, key: str) -> str | None:
+        """Return what was remembered."""
+
+    async def unlink(self, names: Sequence[str]) -> int:
+        """Remove the files of large values that nothing refers to; return their bytes."""
+
+    async def sweep(self, before: float) -> tuple[int, int]:
+        """Remove large values from before `before` (Unix seconds) that nothing refers to and nothing can refer to
+        any more: they are older than every open attempt. Returns (how many, bytes)."""
+
+    async def vacuum(self, pages: int) -> int:
+        """Give up to `pages` free pages back to the disk; return how many are left."""
+
+    async def checkpoint(self) -> bool:
+        """Bring the file itself up to date, which makes it shorter after `vacuum`; return whether it is."""
 
 
 class Store(Protocol):
@@ -17,6 +57,10 @@ class Store(Protocol):
     All methods are asynchronous and may be cancelled: `commit` then has either happened or not, reads have no
     effect. Every method raises StoreError when the disk does not answer.
     """
+
+    @property
+    def upkeep(self) -> Upkeep:
+        """What retention works with."""
 
     async def open(self) -> Opened:
         """Take the write lock, make or migrate the schema, return what is open.
@@ -37,6 +81,10 @@ class Store(Protocol):
 
     async def runs(self, which: RunFilter) -> list[RunRow]:
         """Return the runs that `which` selects, newest first."""
+
+    async def untold(self, after: int, limit: int) -> list[RunRow]:
+        """Return at most `limit` runs with number > `after` of which Django does not have the newest version,
+        oldest first."""
 
     async def run_of_row(self, row_key: str) -> RunRow | None:
         """Return the newest run of a task row."""

@@ -17,7 +17,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
-from gateway.store.rows import AttemptRow, EventRow, KeyRow, Opened, OutputRow, RunFilter, RunRow
+from gateway.store.rows import (
+    MAX_QUARANTINED,
+    AttemptRow,
+    EventRow,
+    KeyRow,
+    Opened,
+    OutputRow,
+    QuarantinedRow,
+    RunFilter,
+    RunRow,
+)
 from gateway.store.schema import (
     ATTEMPT_COLUMNS,
     EVENT_COLUMNS,
@@ -49,6 +59,8 @@ def _run(values: tuple[Any, ...]) -> RunRow:
     named["status"] = RunStatus(named["status"])
     named["tags"] = tuple(json.loads(named["tags"]))
     named["cancelling"] = bool(named["cancelling"])
+    named["suspect"] = bool(named["suspect"])
+    named["result_expired"] = bool(named["result_expired"])
     return RunRow(**named)
 
 
@@ -76,12 +88,34 @@ def opened(connection: sqlite3.Connection) -> Opened:
         sources=dict(connection.execute("SELECT runner, seq FROM source")),
         next_no=_next(connection, "run"),
         next_pos=_next(connection, "event"),
+        breakers=dict(connection.execute("SELECT task, record FROM breaker")),
+        quarantined=_quarantined(connection),
     )
+
+
+def _quarantined(connection: sqlite3.Connection) -> list[QuarantinedRow]:
+    """Return the newest quarantined runs of which nobody has made another, oldest first."""
+    found = connection.execute(
+        """SELECT id, task, finished_at FROM run WHERE status = 'FAILED' AND crashes >= 3
+            AND NOT EXISTS (SELECT 1 FROM run AS other WHERE other.replay_of = run.id)
+            ORDER BY no DESC LIMIT ?""",
+        (MAX_QUARANTINED,),
+    )
+    return [QuarantinedRow(*values) for values in reversed(found.fetchall())]
 
 
 def _next(connection: sqlite3.Connection, table: str) -> int:
     found = connection.execute("SELECT seq FROM sqlite_sequence WHERE name = ?", (table,)).fetchall()
     return int(found[0][0]) + 1 if found else 1
+
+
+def untold(connection: sqlite3.Connection, after: int, limit: int) -> list[RunRow]:
+    """Return runs with number > `after` of which Django does not have the newest version, oldest first."""
+    found = connection.execute(
+        f"SELECT {_RUN} FROM run WHERE version > told AND no > ? ORDER BY no LIMIT ?",
+        (min(after, _MAX_INTEGER), max(0, limit)),
+    )
+    return [_run(values) for values in found.fetchall()]
 
 
 def run(connection: sqlite3.Connection, id: str) -> RunRow | None:

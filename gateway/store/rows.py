@@ -29,6 +29,11 @@ class RunRow:
       error: JSON `{code, message, …}` or None.
       progress: JSON of the newest run.progress, or None.
       cancelling: somebody wants it to stop.
+      replay_of: id of the ended run whose arguments it has, or None.
+      crashes: runners that it has killed; at taskkit.lifecycle.QUARANTINE_AFTER it is quarantined.
+      suspect: it was in a shared process that died, so it is performed alone.
+      epoch: grows when its newest events may have been lost with the machine's power (gateway.store.writer).
+      result_expired: it had a result, which RESULT_TTL has removed.
     """
 
     no: int
@@ -50,6 +55,7 @@ class RunRow:
     origin: str = "http"
     using: str = "default"
     created_at: float = 0.0
+    replay_of: str | None = None
     # what changes
     status: RunStatus = RunStatus.READY
     attempt: int = 0
@@ -65,6 +71,11 @@ class RunRow:
     error: bytes | None = None
     progress: bytes | None = None
     cancelling: bool = False
+    crashes: int = 0
+    suspect: bool = False
+    # what only the store changes
+    epoch: int = 0
+    result_expired: bool = False
 
 
 #: The columns of RunRow that a round may change; `told` has an operation of its own.
@@ -83,6 +94,8 @@ MUTABLE = (
     "error",
     "progress",
     "cancelling",
+    "crashes",
+    "suspect",
 )
 
 
@@ -148,6 +161,19 @@ class KeyRow:
     created_at: float
 
 
+#: Quarantined runs that are told of, the newest ones: of a bad deployment's thousands nobody reads a list.
+MAX_QUARANTINED = 100
+
+
+@dataclass(slots=True, frozen=True)
+class QuarantinedRow:
+    """A run that has killed too many runners, and when it ended."""
+
+    id: str
+    task: str
+    at: float
+
+
 @dataclass(slots=True)
 class Batch:
     """Everything one round changes, in one transaction.
@@ -163,6 +189,7 @@ class Batch:
       forgotten: runners that are drained; their sources go.
       told: version by run number that Django has.
       keys: new idempotency keys.
+      breakers: record of a task's circuit breaker by its name, None when there is nothing to keep.
       full: commit with synchronous=FULL (an accept, a claim or an end is among it).
     """
 
@@ -177,6 +204,7 @@ class Batch:
     forgotten: list[str] = field(default_factory=list)
     told: dict[int, int] = field(default_factory=dict)
     keys: list[KeyRow] = field(default_factory=list)
+    breakers: dict[str, bytes | None] = field(default_factory=dict)
     full: bool = False
 
     def __bool__(self) -> bool:
@@ -193,6 +221,7 @@ class Batch:
             or self.forgotten
             or self.told
             or self.keys
+            or self.breakers
         )
 
 
@@ -205,6 +234,8 @@ class Opened:
       attempts: open attempts (no ending).
       sources: newest stored frame number by runner.
       next_no, next_pos: first free numbers.
+      breakers: record of the circuit breaker by name of the task.
+      quarantined: the newest runs in quarantine that nobody has released, oldest first.
     """
 
     runs: dict[int, RunRow]
@@ -212,6 +243,8 @@ class Opened:
     sources: dict[str, int]
     next_no: int
     next_pos: int
+    breakers: dict[str, bytes] = field(default_factory=dict)
+    quarantined: list[QuarantinedRow] = field(default_factory=list)
 
 
 @dataclass(slots=True, kw_only=True)

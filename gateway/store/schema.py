@@ -119,8 +119,35 @@ _FIRST: Final = (
     ) WITHOUT ROWID""",
 )
 
+#: Crash loops: what a run has killed, whom a replay replaces, which tasks are held back.
+_CRASHES: Final = (
+    "ALTER TABLE run ADD COLUMN replay_of TEXT",
+    "ALTER TABLE run ADD COLUMN crashes INTEGER NOT NULL DEFAULT 0",
+    "ALTER TABLE run ADD COLUMN suspect INTEGER NOT NULL DEFAULT 0",
+    "CREATE INDEX run_replay ON run (replay_of) WHERE replay_of IS NOT NULL",
+    # The number is taskkit.lifecycle.QUARANTINE_AFTER; here it only keeps the index small.
+    "CREATE INDEX run_crashed ON run (no) WHERE status = 'FAILED' AND crashes >= 3",
+    "CREATE TABLE breaker (task TEXT PRIMARY KEY, record BLOB NOT NULL) WITHOUT ROWID",
+)
+
+#: Retention: each thing that can be due is found by an index, so that a look that finds nothing costs
+#: microseconds however much is kept.
+_RETENTION: Final = (
+    "ALTER TABLE run ADD COLUMN result_expired INTEGER NOT NULL DEFAULT 0",
+    # Only what Django has been told of may go.
+    "CREATE INDEX run_done ON run (finished_at) WHERE finished_at IS NOT NULL AND version <= told",
+    """CREATE INDEX run_done_result ON run (finished_at) WHERE finished_at IS NOT NULL AND version <= told
+        AND (result IS NOT NULL OR result_blob IS NOT NULL)""",
+    "CREATE INDEX run_blob ON run (result_blob) WHERE result_blob IS NOT NULL",
+    "CREATE INDEX attempt_by_run ON attempt (run)",
+    "CREATE INDEX event_blob ON event (blob) WHERE blob IS NOT NULL",
+    "CREATE INDEX output_by_age ON output (at)",
+    "CREATE INDEX key_by_run ON idempotency (run)",
+    "CREATE INDEX key_by_age ON idempotency (created_at)",
+)
+
 #: Statements of each step.
-STEPS: Final[tuple[Sequence[str], ...]] = (_FIRST,)
+STEPS: Final[tuple[Sequence[str], ...]] = (_FIRST, _CRASHES, _RETENTION)
 
 
 def columns(names: Iterable[str]) -> str:

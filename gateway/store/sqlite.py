@@ -23,7 +23,8 @@ import trio
 from gateway.store import reads
 from gateway.store.protocol import StoreError
 from gateway.store.rows import AttemptRow, Batch, EventRow, KeyRow, Opened, OutputRow, RunFilter, RunRow
-from gateway.store.writer import Checkpoint, Writer, checkpoint, connect, prepare
+from gateway.store.upkeep import SqliteUpkeep
+from gateway.store.writer import BUSY_SECONDS, Checkpoint, Writer, checkpoint, connect, prepare
 
 logger = logging.getLogger(__name__)
 
@@ -210,6 +211,19 @@ class _Parts:
         with self.checkpointing, _store_errors():
             return not self.closed and checkpoint(self.checkpointer)
 
+    def restart_wal(self) -> bool:
+        """Have the writer make the WAL start again; return whether that was possible.
+
+        SQLite refuses at once while another checkpoint is under way (sqlite.org/c3ref/wal_checkpoint_v2.html), so
+        that one is waited for: it copies what this one would have to copy.
+        """
+        if not self.checkpointing.acquire(timeout=BUSY_SECONDS):
+            return False
+        try:
+            return not self.closed and self.writer.restart_wal()
+        finally:
+            self.checkpointing.release()
+
     def close(self) -> None:
         """Wait for a checkpoint under way, then close everything."""
         with self.checkpointing, _store_errors():
@@ -236,6 +250,7 @@ class SqliteStore:
         self._boot_id = boot_id
         self._durability = durability
         self._parts: _Parts | None = None
+        self.upkeep = SqliteUpkeep(self)
         self._read_limit = trio.CapacityLimiter(READERS)
 
     async def open(self) -> Opened:
@@ -274,6 +289,7 @@ class SqliteStore:
             # A connection that has read nothing may not know of the WAL yet, and would find nothing to copy.
             checkpointer.execute("SELECT count(*) FROM meta").fetchall()
             found = reads.opened(writer.connection)
+            self.upkeep.opened(found)
             readers = _Readers(path)
             cleanup.callback(readers.close)
             return _Parts(writer, checkpointer, readers, cleanup.pop_all()), found
@@ -300,8 +316,11 @@ class SqliteStore:
             return
         with _store_errors():
             due = await self._writer_thread.run(functools.partial(parts.writer.commit, prepare(batch)))
+        self._checkpoint_if(due, parts)
+
+    def _checkpoint_if(self, due: Checkpoint, parts: _Parts) -> None:
         if due is Checkpoint.RESTART:
-            self._writer_thread.submit(parts.writer.restart_wal)
+            self._writer_thread.submit(parts.restart_wal)
         elif due is Checkpoint.PASSIVE and not parts.checkpointing.locked():
             self._checkpoint_thread.submit(parts.passive_checkpoint)
 
@@ -327,6 +346,39 @@ class SqliteStore:
                 abandon_on_cancel=True,
                 limiter=self._read_limit,
             )
+
+    @property
+    def writer(self) -> Writer:
+        """The writer, for a look at its counters; only `slice` has it do something.
+
+        Raises:
+          StoreError: the store is not open.
+        """
+        return self._require().writer
+
+    async def slice(self, function: Callable[[Writer], tuple[_T, Checkpoint]]) -> _T:
+        """Have `function` write between two commits; return what it made. Commits wait: keep it to milliseconds.
+
+        Raises:
+          StoreError: the disk; nothing was written.
+        """
+        parts = self._require()
+        with _store_errors():
+            found, due = await self._writer_thread.run(lambda: function(parts.writer))
+        self._checkpoint_if(due, parts)
+        return found
+
+    async def look(self, function: Callable[..., _T], *values: Any) -> _T:
+        """Return what `function(connection, *values)` reads, in a thread beside the writer.
+
+        Raises:
+          StoreError: the disk does not answer.
+        """
+        return await self._read(function, *values)
+
+    async def untold(self, after: int, limit: int) -> list[RunRow]:
+        """Return at most `limit` runs with number > `after` of which Django does not have the newest version."""
+        return await self._read(reads.untold, after, limit)
 
     async def run(self, id: str) -> RunRow | None:
         """Return the run with this public id."""

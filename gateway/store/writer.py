@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import enum
 import json
+import logging
 import sqlite3
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,9 @@ from pathlib import Path
 from typing import Any, Final
 
 from gateway.store import schema
-from gateway.store.rows import MUTABLE, Batch, EventRow, RunRow
+from gateway.store.removal import Removal, Removed
+from gateway.store.retention import ROW_BYTES, Slices, sizes
+from gateway.store.rows import MUTABLE, Batch, EventRow, OutputRow, RunRow
 from gateway.store.schema import (
     ATTEMPT_COLUMNS,
     EVENT_COLUMNS,
@@ -28,12 +31,20 @@ from gateway.store.schema import (
 )
 from taskkit import failpoints
 
+logger = logging.getLogger(__name__)
+
 #: WAL bytes after which a checkpoint beside the writer is due. SQLite's own default is the same.
 PASSIVE_BYTES: Final = 4 * 1024 * 1024
 
 #: WAL bytes after which the writer itself makes the WAL start again. A passive checkpoint can do that only
 #: while nobody writes, so a store that is never idle would grow it for ever.
 RESTART_BYTES: Final = 64 * 1024 * 1024
+
+#: Largest file that is converted for incremental vacuum when it is opened, bytes: half a second of copying.
+CONVERT_BYTES: Final = 64 * 1024 * 1024
+
+#: What `PRAGMA auto_vacuum` says of a file that can give pages back (sqlite.org/pragma.html).
+_INCREMENTAL: Final = 2
 
 #: Seconds to wait for a lock of SQLite's. Only a person with the sqlite3 shell can hold one.
 BUSY_SECONDS: Final = 2.0
@@ -64,6 +75,11 @@ _UPSERT_SOURCE: Final = (
     "INSERT INTO source (runner, seq) VALUES (?, ?) ON CONFLICT (runner) DO UPDATE SET seq = excluded.seq"
 )
 _DELETE_SOURCE: Final = "DELETE FROM source WHERE runner = ?"
+_UPSERT_BREAKER: Final = (
+    "INSERT INTO breaker (task, record) VALUES (?, ?) "
+    "ON CONFLICT (task) DO UPDATE SET record = excluded.record"
+)
+_DELETE_BREAKER: Final = "DELETE FROM breaker WHERE task = ?"
 _UPDATE_TOLD: Final = "UPDATE run SET told = ? WHERE no = ? AND told < ?"
 
 
@@ -82,6 +98,18 @@ class Prepared:
 
     steps: tuple[Step, ...]
     full: bool
+    events: Sequence[EventRow] = ()
+    outputs: Sequence[OutputRow] = ()
+
+    def size(self, blobs: Path) -> int:
+        """Return the bytes of its events and lines, as retention counts them."""
+        rows = len(self.events) + len(self.outputs)
+        return (
+            sum([len(event.data) for event in self.events if event.blob is None])
+            + sum([len(line.text) for line in self.outputs])
+            + rows * ROW_BYTES
+            + sizes(blobs, [event.blob for event in self.events if event.blob is not None])
+        )
 
 
 def _run_values(run: RunRow, names: Sequence[str]) -> Iterator[Any]:
@@ -91,7 +119,7 @@ def _run_values(run: RunRow, names: Sequence[str]) -> Iterator[Any]:
             value = value.value
         elif name == "tags":
             value = json.dumps(value)
-        elif name == "cancelling":
+        elif name in ("cancelling", "suspect", "result_expired"):
             value = int(value)
         yield value
 
@@ -117,6 +145,7 @@ def prepare(batch: Batch) -> Prepared:
     # (run_open_row).
     new = {run.no for run in batch.runs}
     changed = [(*_run_values(run, MUTABLE), no) for no, run in batch.changed.items() if no not in new]
+    events, outputs = batch.events.copy(), batch.outputs.copy()
     steps = (
         Step(_UPDATE_RUN, changed, len(changed)),
         Step(_INSERT_RUN, [tuple(_run_values(run, RUN_COLUMNS)) for run in batch.runs]),
@@ -126,15 +155,17 @@ def prepare(batch: Batch) -> Prepared:
             [_attempt_changes(row) for row in batch.changed_attempts],
             len(batch.changed_attempts),
         ),
-        Step(_INSERT_EVENT, map(_event_values, batch.events.copy()) if batch.events else ()),
-        Step(_INSERT_OUTPUT, map(_output_values, batch.outputs.copy()) if batch.outputs else ()),
+        Step(_INSERT_EVENT, map(_event_values, events) if events else ()),
+        Step(_INSERT_OUTPUT, map(_output_values, outputs) if outputs else ()),
         Step(_INSERT_ENDING, [(run,) for run in batch.ends]),
         Step(_UPSERT_SOURCE, list(batch.sources.items())),
         Step(_DELETE_SOURCE, [(runner,) for runner in batch.forgotten]),
         Step(_UPDATE_TOLD, [(version, no, version) for no, version in batch.told.items()]),
         Step(_INSERT_KEY, [_key_values(row) for row in batch.keys]),
+        Step(_UPSERT_BREAKER, [(task, record) for task, record in batch.breakers.items() if record]),
+        Step(_DELETE_BREAKER, [(task,) for task, record in batch.breakers.items() if not record]),
     )
-    return Prepared(tuple(step for step in steps if step.rows), batch.full)
+    return Prepared(tuple(step for step in steps if step.rows), batch.full, events, outputs)
 
 
 class Checkpoint(enum.Enum):
@@ -188,11 +219,15 @@ class Writer:
     def __init__(self, path: Path, *, boot_id: str, durability: str) -> None:
         self.gauge = WalGauge()
         self._wal = path.with_name(path.name + "-wal")
+        self._blobs = path.with_name("blobs")
         self._always_full = durability == "power"
         self._synchronous = ""
         # SQLite gives -wal and -shm the mode of the database: private to its user.
         path.touch(mode=0o600)
         self.connection = connect(path)
+        self.slices = Slices(self.connection, self._blobs)
+        #: bytes of events and lines written by this object, less what its slices took out
+        self.grown = 0
         try:
             self._prepare_file(boot_id, durability)
         except BaseException:
@@ -200,18 +235,52 @@ class Writer:
             raise
 
     def _prepare_file(self, boot_id: str, durability: str) -> None:
+        # Before the first page is written: later it would take a VACUUM.
+        self.connection.execute("PRAGMA auto_vacuum = INCREMENTAL")
         for setting in ("journal_mode = WAL", "wal_autocheckpoint = 0", "journal_size_limit = 0"):
             self.connection.execute(f"PRAGMA {setting}").fetchall()
         self.connection.execute(f"PRAGMA cache_size = -{_CACHE_KIB}")
         self._set_synchronous(full=True)
         schema.migrate(self.connection)
+        self._make_incremental()
         with self._transaction():
             self._note_boot(boot_id, durability)
+
+    @property
+    def incremental(self) -> bool:
+        """Whether free pages can be given back piece by piece."""
+        return int(self.connection.execute("PRAGMA auto_vacuum").fetchall()[0][0]) == _INCREMENTAL
+
+    def _make_incremental(self) -> None:
+        """Convert a file that was made without `auto_vacuum`, while nobody waits; a large one stays as it is."""
+        if self.incremental:
+            return
+        pages, size = (
+            self.connection.execute(f"PRAGMA {name}").fetchall()[0][0] for name in ("page_count", "page_size")
+        )
+        if pages * size > CONVERT_BYTES:
+            logger.warning(
+                "the store has %d MiB and was made by an older version: its free pages are used again, but "
+                "cannot be given back to the disk while it is open",
+                pages * size // 2**20,
+            )
+            return
+        try:
+            self.connection.execute("PRAGMA auto_vacuum = INCREMENTAL")
+            self.connection.execute("VACUUM")
+            self.restart_wal()  # it has written the whole file into the WAL
+        except sqlite3.OperationalError as error:  # it works as before, and the next start tries again
+            logger.warning("the store's file could not be converted: %s", error)
 
     def _note_boot(self, boot_id: str, durability: str) -> None:
         # After a power cut the newest events of an open run may be missing, and their offsets are given out
         # again. A new epoch tells a cursor of before. Nothing can be missing after a clean end (`close`
         # leaves ""), under durability "power", or when the same kernel still runs.
+        #
+        # What is missing is missing whole: SQLite's WAL is recovered up to the first frame that does not fit
+        # its running checksum, so a prefix of the transactions survives (sqlite.org/wal.html). A run's `tail`
+        # and its events are of one transaction: they agree, whatever else is lost. A run that has ended was
+        # committed FULL, and so was everything in front of it.
         before = schema.get_meta(self.connection, "boot_id")
         if before and before != boot_id and schema.get_meta(self.connection, "durability") != "power":
             self.connection.execute("UPDATE run SET epoch = epoch + 1 WHERE status IN ('READY', 'RUNNING')")
@@ -256,6 +325,44 @@ class Writer:
             for step in prepared.steps:
                 self._take(step)
             failpoints.hit("store.commit")
+        self.grown += prepared.size(self._blobs)
+        return self.gauge.decide(self.wal_size())
+
+    def remove(self, removal: Removal) -> tuple[Removed, Checkpoint]:
+        """Take one slice of `removal` out, in a transaction of its own.
+
+        It need not survive a power cut: what comes back is taken out again. Files of large values may go only
+        after a commit that does (`note`).
+        """
+        self._set_synchronous(full=False)
+        position = self.slices.position
+        try:
+            with self._transaction():
+                removed = self.slices.take(removal)
+        except BaseException:
+            self.slices.position = position
+            raise
+        self.grown -= removed.size
+        return removed, self.gauge.decide(self.wal_size())
+
+    def vacuum(self, pages: int) -> tuple[int, Checkpoint]:
+        """Give up to `pages` free pages back; return how many free ones are left."""
+        self._set_synchronous(full=False)
+        with self._transaction():
+            for _ in range(min(pages, self.free_pages())):
+                # One at a time: the module resets a statement without columns after its first page.
+                self.connection.execute("PRAGMA incremental_vacuum(1)").fetchall()
+        return self.free_pages(), self.gauge.decide(self.wal_size())
+
+    def free_pages(self) -> int:
+        """Return how many pages of the file hold nothing."""
+        return int(self.connection.execute("PRAGMA freelist_count").fetchall()[0][0])
+
+    def note(self, key: str, value: str) -> Checkpoint:
+        """Write one value of `meta`; when this returns, a power cut loses nothing that was written before."""
+        self._set_synchronous(full=True)
+        with self._transaction():
+            schema.set_meta(self.connection, key, value)
         return self.gauge.decide(self.wal_size())
 
     def wal_size(self) -> int:

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from supervisor.cli import demo, exits, runs, token, tree
+from supervisor.cli import demo, exits, runs, token, tree, upkeep
 from supervisor.cli.output import print_error
 from taskkit.errors import SettingsError, SupervisorError, TaskkitError
 
@@ -56,7 +56,10 @@ for command in (
     runs.runs,
     runs.runners,
     runs.cancel,
+    runs.release,
+    runs.reset,
     runs.logs,
+    upkeep.vacuum,
     token.token,
 ):
     app.command()(command)

@@ -13,7 +13,7 @@ from supervisor.cli import exits
 from supervisor.cli.connect import Search, Tree, connected
 from supervisor.cli.options import Json, Pairs, SettingsModule, StateDir, parse_duration, parse_pairs
 from supervisor.cli.output import between, clean, compact, print_json, print_table, seconds
-from taskkit.errors import GatewayError
+from taskkit.errors import GatewayError, SettingsError
 
 if TYPE_CHECKING:
     from supervisor.cli.view import View
@@ -223,9 +223,30 @@ def runs(
     print_table(("RUN", "TASK", "STATUS", "CREATED", "TOOK"), rows)
 
 
-def runners(settings: SettingsModule = None, state_dir: StateDir = None, json: Json = False) -> None:
-    """List the runner processes."""
-    page = connected(settings, state_dir).runners()
+def runners(
+    drain: Annotated[
+        str | None, typer.Option(metavar="ID", help="Have this runner finish its runs, then leave.")
+    ] = None,
+    kill: Annotated[
+        str | None, typer.Option(metavar="ID", help="End this runner now; its runs begin again elsewhere.")
+    ] = None,
+    settings: SettingsModule = None,
+    state_dir: StateDir = None,
+    json: Json = False,
+) -> None:
+    """List the runner processes, or replace one."""
+    if drain is not None and kill is not None:
+        raise SettingsError("--drain and --kill: give one of them")
+    client = connected(settings, state_dir)
+    chosen = kill or drain
+    if chosen is not None:
+        ordered = client.end_runner(chosen, now=kill is not None)
+        if json:
+            print_json(ordered)
+        else:
+            print(f"Runner {clean(chosen)} is ended." if kill else f"Runner {clean(chosen)} leaves after its runs.")
+        return
+    page = client.runners()
     if json:
         print_json(page)
         return
@@ -274,6 +295,38 @@ def cancel(
         print_json(snapshot)
     else:
         print(f"Cancelling {run} ({compact(snapshot.get('status', 'asked'))}).")
+
+
+def release(
+    run: Run, settings: SettingsModule = None, state_dir: StateDir = None, json: Json = False
+) -> None:
+    """Perform a quarantined run again, as a new run; print its id. A second time it is the same new run."""
+    tree = Tree(settings, state_dir)
+    snapshot = tree.client.status(run)
+    error = snapshot.get("error")
+    if not isinstance(error, dict) or error.get("code") != "quarantined":
+        status = compact(snapshot.get("status", "unknown"))
+        raise GatewayError(f"run {run} is {status}, not in quarantine; `bulkhead submit` makes new runs")
+    made = tree.client.replay(run, idempotency_key=f"release-{snapshot['id']}")
+    if json:
+        print_json(made)
+    else:
+        print(f"{made['id']}\nFollow it: bulkhead follow {made['id']}{tree.flags}")
+
+
+def reset(
+    task: Annotated[str, typer.Argument(metavar="TASK", help="Name of the task, such as demo.count.")],
+    settings: SettingsModule = None,
+    state_dir: StateDir = None,
+    json: Json = False,
+) -> None:
+    """Let the runs of a task go that is held back because it kept crashing."""
+    done = connected(settings, state_dir).reset_task(task)
+    if json:
+        print_json(done)
+    else:
+        name = compact(done.get("task", task))
+        print(f"Task {name} is held no longer." if done.get("was_held") else f"Task {name} was not held.")
 
 
 def logs(run: Run, settings: SettingsModule = None, state_dir: StateDir = None, json: Json = False) -> None:

@@ -15,8 +15,9 @@ from taskkit import failpoints
 from taskkit.courier import outbox_reader, projection
 from taskkit.courier.node import NodeIdentity
 from taskkit.courier.reach import Place, hang_limit
+from taskkit.courier.recall import Comparison
 from taskkit.models import Node, Outbox, Run
-from taskkit.wire.messages import Submit, Submitted, Told, Transition
+from taskkit.wire.messages import Forgotten, Recall, Submit, Submitted, Told, Transition
 
 _T = TypeVar("_T")
 _log = logging.getLogger("bulkhead.courier")
@@ -27,7 +28,7 @@ BACKOFF: Final = (0.1, 5.0)
 #: Submissions that may be unanswered. Enough to fill one round of the gateway, few enough to repeat.
 WINDOW: Final = 64
 
-#: Transitions in one transaction.
+#: Transitions in one transaction, at most: after a failure half as many, as a database may be just slow.
 BATCH: Final = 100
 
 #: Seconds between two looks into the outbox without a poke.
@@ -66,9 +67,7 @@ class Database:
       held: newest transition of each run that is to be written, with its size in bytes.
     """
 
-    def __init__(
-        self, alias: str, node: NodeIdentity, clock: Callable[[], float] = time.monotonic
-    ) -> None:
+    def __init__(self, alias: str, node: NodeIdentity, clock: Callable[[], float] = time.monotonic) -> None:
         self.alias = alias
         self._clock = clock
         self._place = Place(alias)
@@ -82,8 +81,10 @@ class Database:
         self._data_version: int | None = None
         self._backoff = 0.0
         self._put_off = 0.0
+        self._batch = BATCH
         self._retry_at = self._renew_at = self._poll_at = self._submit_at = 0.0
         self._polled_at = -math.inf
+        self._comparison = Comparison(alias, node.name)
 
     # --- what comes in --------------------------------------------------------------------------------------
 
@@ -100,6 +101,10 @@ class Database:
         self._answers[answer.id] = answer
         return True
 
+    def take_forgotten(self, answer: Forgotten) -> bool:
+        """Take the answer if the run was asked about from here."""
+        return self._comparison.take(answer.run)
+
     def look_soon(self) -> None:
         """Look into the outbox soon: somebody poked."""
         self._poll_at = min(self._poll_at, self._polled_at + POKED)
@@ -109,6 +114,7 @@ class Database:
         self._unanswered.clear()
         self._submit_at = self._poll_at = self._put_off = 0.0
         self._data_version = None
+        self._comparison.begin(self._clock())
 
     # --- what is to be done ---------------------------------------------------------------------------------
 
@@ -120,11 +126,13 @@ class Database:
             return self._retry_at
         if not self._has_tables:
             return self._renew_at
-        if self.held or self._answers:
+        if self.held or self._answers or self._comparison.has_news:
             return now
-        return min(self._renew_at, max(self._poll_at, self._submit_at)) if linked else self._renew_at
+        if not linked:
+            return self._renew_at
+        return min(self._renew_at, max(self._poll_at, self._submit_at), self._comparison.next)
 
-    def work(self, now: float, linked: bool) -> Iterator[Told | Submit]:
+    def work(self, now: float, linked: bool) -> Iterator[Told | Submit | Recall]:
         """Do what is due; yield what the gateway is to be told, each once it is true.
 
         Args:
@@ -141,6 +149,10 @@ class Database:
         if self._has_tables:
             self.attempt(lambda: self._settle(now), now)
             yield from self.attempt(self._write, now)
+            if self._comparison.has_news:
+                self.attempt(self._comparison.settle, now)
+            if linked and now >= self._comparison.next:
+                yield from self.attempt(lambda: self._comparison.ask(now), now)
             if linked and now >= max(self._poll_at, self._submit_at):
                 yield from self.attempt(lambda: self._poll(now), now)
 
@@ -171,9 +183,8 @@ class Database:
             known = isinstance(error, Error)
             _log.warning("the database %r does not answer: %s", self.alias, error, exc_info=not known)
         self._backoff = min(max(2 * self._backoff, BACKOFF[0]), BACKOFF[1])
-        # Hanging, it is left alone as long as it took, so that the others get half of the time.
-        at = self._clock()
-        self._retry_at = at + max(self._backoff, at - now)
+        # From the end of a try that hung, so that the other databases have their turn before the next one.
+        self._retry_at = self._clock() + self._backoff
         self._renew_at = 0.0  # tables and node once more: it may come back as another database
         self._disconnect()
 
@@ -228,11 +239,13 @@ class Database:
         self._data_version = None
 
     def _write(self) -> list[Told]:
-        batch = [transition for transition, _ in islice(self.held.values(), BATCH)]
+        batch = [transition for transition, _ in islice(self.held.values(), self._batch)]
         if batch:
+            size, self._batch = self._batch, max(1, self._batch // 2)
             failpoints.hit("courier.projecting")
             projection.write(self.alias, batch)
             failpoints.hit("courier.projected")
+            self._batch = min(2 * size, BATCH)
         for transition in batch:
             del self.held[transition.run]
         return [Told(run=transition.run, version=transition.version) for transition in batch]

@@ -1,13 +1,14 @@
 """The courier's loop: one thread, three sockets, a database per alias.
 
 It waits in poll(2) only. Sends never block, and a database that does not answer is left alone for a while, so
-the other databases, the questions of the gateway and the beat go on. What blocks it is the project's own
-database timeout, at most once per try.
+the other databases, the questions of the gateway and the beat go on. What blocks it is the database, within the
+bounds of `taskkit.courier.reach`, at most once per try.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import select
 import socket
 import time
@@ -21,10 +22,21 @@ from taskkit.courier import rows
 from taskkit.courier.database import Away, Database
 from taskkit.courier.link import Link, LinkBroken
 from taskkit.courier.node import NodeIdentity
+from taskkit.courier.reach import limit_waiting
 from taskkit.errors import RemoteWireError
 from taskkit.models import Run
 from taskkit.wire import messages
-from taskkit.wire.messages import Answer, Ask, Beat, CourierReady, Message, Stop, Submitted, Transition
+from taskkit.wire.messages import (
+    Answer,
+    Ask,
+    Beat,
+    CourierReady,
+    Forgotten,
+    Message,
+    Stop,
+    Submitted,
+    Transition,
+)
 
 _log = logging.getLogger("bulkhead.courier")
 
@@ -38,10 +50,6 @@ ROUND: Final = 100
 #: read from the gateway, whose own queue then fills; it never stops reading, so that is no deadlock.
 HELD_RUNS: Final = 1000
 HELD_BYTES: Final = 32 * 1024 * 1024
-
-#: Seconds for one connection attempt, where the project says nothing: without it, PostgreSQL's client waits
-#: as long as the kernel retries SYN (about two minutes), and the beat with it.
-CONNECT_TIMEOUT: Final = 5
 
 _Handler = Callable[[int], None]
 
@@ -58,18 +66,12 @@ def main(control: socket.socket, poke: socket.socket, state_dir: str) -> None:
       RemoteWireError: the supervisor broke the protocol.
     """
     for alias in connections:
-        _limit_connecting(alias)
+        limit_waiting(alias)
     courier = Courier(control, poke, state_dir)
     try:
         courier.run()
     finally:
         courier.close()
-
-
-def _limit_connecting(alias: str) -> None:
-    connection = connections[alias]
-    if connection.vendor in ("postgresql", "mysql"):
-        connection.settings_dict["OPTIONS"].setdefault("connect_timeout", CONNECT_TIMEOUT)
 
 
 class Courier:
@@ -93,11 +95,11 @@ class Courier:
         self._gateway: Link | None = None
         self._node = NodeIdentity.of(poke, state_dir)
         self._databases = {
-            alias: Database(alias, self._node)
+            alias: Database(alias, self._node, clock)
             for alias in connections
             if connections[alias].vendor != "unknown"  # Django's dummy engine of a project without databases
         }
-        self._beat_at = 0.0
+        self._beat_at = math.inf  # its first word is that it is ready
         self._stopping = False
 
     def run(self) -> None:
@@ -110,6 +112,7 @@ class Courier:
             self._work()
             known = any(database.registered for database in self._databases.values())
             self._control.send(CourierReady(node=self._node.name if known else ""))
+            self._beat_at = 0.0
             while not self._stopping:
                 self._turn()
         except LinkBroken as error:
@@ -128,6 +131,8 @@ class Courier:
         if self._stopping:
             return
         self._work()
+
+    def _beat(self) -> None:
         if self._clock() >= self._beat_at:
             self._beat_at = self._clock() + BEAT
             if not self._control.wants_write:  # the supervisor has beats enough that it has not read
@@ -221,11 +226,13 @@ class Courier:
         _log.log(level, "the link to the gateway is dropped, until the next one comes: %s", error)
         self._drop_gateway()
 
-    def _take(self, message: Submitted | Transition | Ask, size: int) -> None:
+    def _take(self, message: Submitted | Transition | Ask | Forgotten, size: int) -> None:
         if isinstance(message, Transition):
             self._database_of(message).hold(message, size)
         elif isinstance(message, Ask):
             self._tell(self._answer(message))
+        elif isinstance(message, Forgotten):
+            any(database.take_forgotten(message) for database in self._databases.values())
         else:
             any(database.take_answer(message) for database in self._databases.values())
 
@@ -251,12 +258,13 @@ class Courier:
     # --- what goes out --------------------------------------------------------------------------------------
 
     def _work(self) -> None:
+        self._beat()
         for database in self._databases.values():
             try:
                 for message in database.work(self._clock(), self._gateway is not None):
                     self._tell(message)
             except Away:
-                continue  # it has said so in the log; its work waits, the other databases' does not
+                self._beat()  # it may have taken its time; it has said so in the log, and its work waits
 
     def _tell(self, message: Message) -> None:
         """Send to the gateway; without one, its successor asks or is asked again."""

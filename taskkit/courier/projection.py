@@ -30,8 +30,9 @@ _log = logging.getLogger("bulkhead.courier")
 #: Characters of a refusal that are logged; the projection has all of it.
 _LOGGED: Final = 500
 
-#: What a database says of a value that it will not take next time either.
-_UNSTORABLE: Final = (IntegrityError, DataError, ValueError, OverflowError)
+#: What a database says of a value that it will not take next time either; RecursionError is JSON's, of a value that is
+#: nested too deeply.
+_UNSTORABLE: Final = (IntegrityError, DataError, ValueError, OverflowError, RecursionError)
 
 
 def write(using: str, transitions: Sequence[Transition]) -> None:
@@ -74,11 +75,11 @@ def _values(transition: Transition) -> dict[str, Any]:
     """Return the columns of the projection."""
     return {
         **_bare_values(transition),
-        "args": transition.args,
-        "kwargs": transition.kwargs,
+        "args": json.loads(transition.args),
+        "kwargs": json.loads(transition.kwargs),
         "result": None if transition.result is None else json.loads(transition.result),
         "error": None if transition.error is None else json.loads(transition.error),
-        "metadata": transition.metadata,
+        "metadata": json.loads(transition.metadata),
         "tags": transition.tags,
     }
 

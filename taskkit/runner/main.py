@@ -112,11 +112,13 @@ class Runner:
     async def _serve_shared(self) -> None:
         scopes: dict[str, anyio.CancelScope] = {}
         async with anyio.create_task_group() as group:
-            while self._done < self._spec.runs and not self._leaving:
+            while self._done < self._spec.runs:
                 order = self._orders.next_nowait()
                 self._cancel_told(
                     scopes
                 )  # before waiting: the cancellation may have come with the order before
+                if order is None and self._leaving:  # not before: the last order comes with the word to leave
+                    break
                 if order is None:
                     await self._orders.wait()
                 elif isinstance(order, Start):

@@ -76,7 +76,8 @@ class Cause(Struct, frozen=True, kw_only=True, omit_defaults=True):
     Attributes:
       kind: "signal", "exit", "no_result" (exit code 0, but no result), "oom", "oom_suspected", "cpu_limit",
         "timeout", "cancelled", "operator", "corrupt" (garbage on its events pipe), "descriptors" (its user code
-        closed them), "boot" (it never came up), "stopped" (the tree stops), "lost" (the supervisor went away).
+        closed them), "boot" (it never came up), "stopped" (the tree stops), "lost" (the supervisor went away),
+        "abandoned" (only attempts that had ended without it were left on it).
       signal: name such as "SIGSEGV", when a signal ended it.
       exit_code: when it left by itself.
       max_rss: bytes.
@@ -344,6 +345,14 @@ class Exited(Message, frozen=True):
     cause: Cause
 
 
+class Expired(Message, frozen=True):
+    """The deadline of an attempt in a shared process has passed; said again and again, as a gateway may die over it."""
+
+    runner: str
+    token: str
+    kind: str
+
+
 class Link(Message, frozen=True):
     """A fresh socket to the other side (courier or gateway) comes along; an older one is void."""
 
@@ -392,8 +401,10 @@ class Drained(Message, frozen=True):
 class Deadline(Message, frozen=True):
     """End the runner in `after` seconds unless `Disarm` comes first: TERM, then KILL `grace` seconds later.
 
-    `kind` is the cause to report: "timeout" or "cancelled". One deadline per token and kind; a later one with the
-    same key replaces it.
+    `kind` is the cause to report: "timeout", "cancelled", or "abandoned" (nothing but attempts that were ended
+    without it are left on it; `token` is empty then). One deadline per token and kind; a later one with the same key
+    replaces it. An attempt in a shared process is not worth its neighbours: `Expired` is said instead, every `grace`
+    seconds until `Disarm`.
     """
 
     runner: str
@@ -401,6 +412,8 @@ class Deadline(Message, frozen=True):
     kind: str
     after: float
     grace: float
+    #: an earlier one with the same key stands: for a gateway that does not know whether its predecessor has said it
+    at_most: bool = False
 
 
 class Disarm(Message, frozen=True):
@@ -446,6 +459,12 @@ class Stalled(Message, frozen=True):
     error: str
 
 
+class Notes(Message, frozen=True):
+    """What the operator has to know of the runs, in sentences for `status`; said again when it changes."""
+
+    notes: list[str]
+
+
 class Stopped(Message, frozen=True):
     """Answer to `EndStreams` and `Park`: everything is committed, every stream has ended."""
 
@@ -454,7 +473,7 @@ class Beat(Message, frozen=True):
     """The sender's loop turns."""
 
 
-GatewayOrder = Configure | RunnerUp | Exited | Link | Drain | Park | Reconfigure | EndStreams
+GatewayOrder = Configure | RunnerUp | Exited | Expired | Link | Drain | Park | Reconfigure | EndStreams
 GatewayMessage = (
     GatewayReady
     | Drained
@@ -465,6 +484,7 @@ GatewayMessage = (
     | Assigned
     | Reconfigured
     | Stalled
+    | Notes
     | Stopped
     | Beat
 )
@@ -524,22 +544,26 @@ class Submitted(Message, frozen=True):
 
 
 class Transition(Message, frozen=True):
-    """The run as it stands since `version`; the courier writes it to the project's database `using`."""
+    """The run as it stands since `version`; the courier writes it to the project's database `using`.
+
+    `args`, `kwargs`, `metadata`, `result` and `error` are JSON as it is stored: the courier parses it, not the loop
+    that serves streams.
+    """
 
     run: str
     version: int
     task: str
     status: str
     attempt: int = 0
-    args: list[Any] = []
-    kwargs: dict[str, Any] = {}
+    args: bytes = b"[]"
+    kwargs: bytes = b"{}"
     row: Row | None = None
     created_at: float = 0.0
     started_at: float | None = None
     finished_at: float | None = None
     result: bytes | None = None
     error: bytes | None = None
-    metadata: dict[str, Any] = {}
+    metadata: bytes = b"{}"
     tags: list[str] = []
     using: str = "default"
 
@@ -577,8 +601,21 @@ class Answer(Message, frozen=True):
     detail: str = ""
 
 
-CourierToGateway = Submit | Told | Answer
-GatewayToCourier = Submitted | Transition | Ask
+class Recall(Message, frozen=True):
+    """Django holds these runs to be open, in these versions. Answered, per run, by `Forgotten`, or a `Transition`
+    if the store has a newer version that is not told anyway, or not at all."""
+
+    runs: dict[str, int]
+
+
+class Forgotten(Message, frozen=True):
+    """The store does not know this run."""
+
+    run: str
+
+
+CourierToGateway = Submit | Told | Answer | Recall
+GatewayToCourier = Submitted | Transition | Ask | Forgotten
 
 
 # --- operator socket ------------------------------------------------------------------------------------------

@@ -35,7 +35,7 @@ def live_as_runner(
       parent: pid of the process that forked this one; the supervisor's own after an exec.
       supervisor: pid of the process that has to be, or become, the parent.
     """
-    code = BOOT_FAILED
+    code, faults = BOOT_FAILED, -1
     try:
         events, output, orders, faults, blobs = birth.move_descriptors(fds)
         birth.reset_signals()
@@ -56,14 +56,14 @@ def live_as_runner(
     except birth.Orphaned:
         code = ORPHANED
     except BaseException:
-        _last_words()
+        _last_words(faults)
     finally:
         os._exit(code)
 
 
 def live_as_courier(fds: list[int], parent: int, supervisor: int, state_dir: str) -> None:
     """Become the courier; never returns. `fds` are in the order of COURIER_ENDS, the rest as for a runner."""
-    code = BOOT_FAILED
+    code, faults = BOOT_FAILED, -1
     try:
         control, poke, faults = birth.move_descriptors(fds)
         birth.reset_signals()
@@ -84,15 +84,17 @@ def live_as_courier(fds: list[int], parent: int, supervisor: int, state_dir: str
     except birth.Orphaned:
         code = ORPHANED
     except BaseException:
-        _last_words()
+        _last_words(faults)
     finally:
         os._exit(code)
 
 
-def _last_words() -> None:
-    """Say why a child could not live, where its supervisor's log is, or its run's output."""
+def _last_words(faults: int) -> None:
+    """Say why a child could not live, where its supervisor's log is, or its run's output, and to the supervisor."""
     try:
         traceback.print_exc()
+        if faults != -1:
+            os.write(faults, traceback.format_exc().encode("utf-8", "replace"))
         sys.stderr.flush()
         capture.finish_lines()
     except OSError:

@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from taskkit.settings import LimitSettings, PoolSettings, Settings
+from taskkit.settings import BreakerSettings, LimitSettings, PoolSettings, RetentionSettings, Settings
 from tests.helpers import ROOT
 
 README = (ROOT / "README.md").read_text()
@@ -18,12 +18,20 @@ README = (ROOT / "README.md").read_text()
 def expected() -> dict[str, Any]:
     """Return every setting with its default as plain data: KEY, POOLS.<name>.key, LIMITS.key."""
     found: dict[str, Any] = {}
-    nested = (("", Settings), ("POOLS.<name>.", PoolSettings), ("LIMITS.", LimitSettings))
+    nested = (
+        ("", Settings),
+        ("POOLS.<name>.", PoolSettings),
+        ("LIMITS.", LimitSettings),
+        ("RETENTION.", RetentionSettings),
+        ("BREAKER.", BreakerSettings),
+    )
     for prefix, struct in nested:
         defaults = msgspec.to_builtins(struct())
         for field in msgspec.structs.fields(struct):
             found[prefix + field.encode_name] = defaults[field.encode_name]
     del found["LIMITS"]  # its own rows say it
+    del found["RETENTION"]
+    del found["BREAKER"]
     return found
 
 
@@ -32,7 +40,7 @@ def rows() -> dict[str, str]:
     found: dict[str, str] = {}
     for line in README.splitlines():
         cells = [cell.strip() for cell in re.split(r"(?<!\\)\|", line.strip().strip("|"))]
-        match = re.fullmatch(r"`([A-Z][A-Z_]+|(?:POOLS\.<name>|LIMITS)\.[a-z_]+)`", cells[0])
+        match = re.fullmatch(r"`([A-Z][A-Z_]+|(?:POOLS\.<name>|LIMITS|RETENTION|BREAKER)\.[a-z_]+)`", cells[0])
         if match and len(cells) >= 2:
             assert match[1] not in found, f"{match[1]} has two rows"
             found[match[1]] = cells[1].strip("`")

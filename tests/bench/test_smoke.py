@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from tests.bench import __main__ as command
-from tests.bench import events, start
+from tests.bench import events, retention, start
 from tests.bench.figures import Figure, figure, ratio, table
 from tests.bench.registry import BENCHMARKS
 from tests.helpers import ROOT
@@ -37,8 +37,12 @@ def test_events() -> None:
     complete(events.measure(floods=1, flood_events=300, calm_events=20))
 
 
+async def test_retention() -> None:
+    complete(await retention.measure(old=3000, quiet=20))
+
+
 def test_every_benchmark_is_smoked_here() -> None:
-    assert set(BENCHMARKS) == {"start", "events"}
+    assert set(BENCHMARKS) == {"start", "events", "retention"}
 
 
 def test_percentiles_are_measured_values() -> None:

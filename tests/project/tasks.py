@@ -14,6 +14,7 @@ import anyio.lowlevel
 
 from taskkit import RunCancelled, current_run, emit, linux, progress, task
 from tests.project.chaos import *  # noqa: F403  (a task is found where `tasks` offers it)
+from tests.project.forging import *  # noqa: F403
 
 
 @task
@@ -219,3 +220,28 @@ def bulky(events: list[int] | None = None, result: int = 0, pause: float = 0.0) 
     for size in events or []:
         emit("bulk", {"text": "x" * size})
     return "x" * result
+
+
+@task
+def die_while(path: str) -> str:
+    """Die of a segmentation fault as long as the file `path` is there."""
+    if os.path.exists(path):
+        os.kill(os.getpid(), signal.SIGSEGV)
+    return "survived"
+
+
+@task
+async def adie(after: float = 0.0, number: int = signal.SIGSEGV) -> None:
+    """Say `ready`, wait, send this process a signal: in a shared process, others die of it."""
+    emit("ready")
+    await anyio.sleep(after)
+    os.kill(os.getpid(), number)
+
+
+@task
+async def astubborn(seconds: float = 60.0) -> str:
+    """Say `ready`, wait, hear of no cancellation."""
+    emit("ready")
+    with anyio.CancelScope(shield=True):
+        await anyio.sleep(seconds)
+    return "slept"

@@ -99,7 +99,8 @@ USE_TZ = True
 TIME_ZONE = "UTC"
 
 # Bulkhead's own settings; everything has a default. Two runners wait for work, already forked.
-TASKKIT = {"POOLS": {"default": {"standby": 2}}}
+# `demo.crash` is there to crash, as often as people like: it is never held back.
+TASKKIT = {"POOLS": {"default": {"standby": 2}}, "BREAKER": {"exempt": ["demo.crash"]}}
 
 # What a task logs at INFO or above shows up beside what it prints.
 LOGGING = {"version": 1, "disable_existing_loggers": False, "root": {"level": "INFO"}}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
@@ -16,14 +16,16 @@ import trio
 from gateway.app import build_app
 from gateway.auth import Authenticator
 from gateway.fanout import Hub
+from gateway.retention import Retention
 from gateway.store.protocol import StoreError
+from gateway.store.removal import Removal, Removed, RunLength, Usage
 from gateway.store.rows import AttemptRow, Batch, EventRow, KeyRow, Opened, OutputRow, RunFilter, RunRow
 from gateway.submission import Catalogue, Submission
 from taskkit import tokens
 from taskkit.errors import IdempotencyConflict, LifecycleError
 from taskkit.lifecycle import RunStatus
 from taskkit.settings import Settings
-from taskkit.wire.messages import Answer, Row, TaskInfo
+from taskkit.wire.messages import Answer, Created, Row, TaskInfo
 
 KEY = b"k" * 32
 
@@ -66,6 +68,79 @@ EXAMPLE = TaskInfo(
 )
 
 
+class MemoryUpkeep:
+    """gateway.store.protocol.Upkeep that removes nothing by itself: it notes what was asked.
+
+    `answers` are given by `remove` one by one, and an empty one when there is none left.
+    """
+
+    def __init__(self, store: MemoryStore) -> None:
+        self._store = store
+        self.asked: list[Removal] = []
+        self.answers: list[Removed] = []
+        self.lengths_of: list[RunLength] = []
+        self.notes: dict[str, str] = {}
+        self.unlinked: list[str] = []
+        self.swept: list[float] = []
+        self.done: list[str] = []
+        self.used = Usage(
+            file=8192, wal=0, free=0, events=100, blobs=0, blob_bytes=0, incremental=True
+        )
+
+    async def weigh(self) -> None:
+        await self._store._check()
+        self.done.append("weigh")
+
+    async def usage(self) -> Usage:
+        await self._store._check()
+        return self.used
+
+    async def remove(self, removal: Removal) -> Removed:
+        await self._store._check()
+        self.asked.append(removal)
+        return self.answers.pop(0) if self.answers else Removed()
+
+    async def lengths(self, runs: Sequence[int], after: int, limit: int) -> list[RunLength]:
+        await self._store._check()
+        known = [one for one in self.lengths_of if one.run in runs]
+        return known + [one for one in self.lengths_of if one.run > after][:limit]
+
+    async def note(self, key: str, value: str) -> None:
+        await self._store._check()
+        self.notes[key] = value
+        self.done.append("note")
+
+    async def noted(self, key: str) -> str | None:
+        await self._store._check()
+        return self.notes.get(key)
+
+    async def unlink(self, names: Sequence[str]) -> int:
+        await self._store._check()
+        self.unlinked += names
+        self.done.append("unlink")
+        return 10 * len(names)
+
+    async def sweep(self, before: float) -> tuple[int, int]:
+        await self._store._check()
+        self.swept.append(before)
+        return 0, 0
+
+    async def vacuum(self, pages: int) -> int:
+        await self._store._check()
+        self.done.append("vacuum")
+        self.used = replace(
+            self.used,
+            free=max(0, self.used.free - pages * 4096),
+            file=max(0, self.used.file - min(self.used.free, pages * 4096)),
+        )
+        return self.used.free // 4096
+
+    async def checkpoint(self) -> bool:
+        await self._store._check()
+        self.done.append("checkpoint")
+        return True
+
+
 class MemoryStore:
     """gateway.store.protocol.Store without a disk. `broken` makes every call fail."""
 
@@ -78,6 +153,7 @@ class MemoryStore:
         self.broken = False
         self.reads = 0
         self.blobs: dict[str, bytes] = {}
+        self.upkeep = MemoryUpkeep(self)
 
     async def _check(self) -> None:
         await trio.lowlevel.checkpoint()
@@ -100,6 +176,11 @@ class MemoryStore:
         await self._check()
         found = [row for row in self.rows.values() if _selects(which, row)]
         return sorted(found, key=lambda row: -row.no)[: which.limit]
+
+    async def untold(self, after: int, limit: int) -> list[RunRow]:
+        await self._check()
+        found = [row for row in self.rows.values() if row.version > row.told and row.no > after]
+        return sorted(found, key=lambda row: row.no)[:limit]
 
     async def run_of_row(self, row_key: str) -> RunRow | None:
         await self._check()
@@ -195,6 +276,8 @@ class StubEngine:
     created: list[dict[str, Any]] = field(default_factory=list)
     graces: list[float | None] = field(default_factory=list)
     submissions: list[Submission] = field(default_factory=list)
+    ordered: list[tuple[str, bool]] = field(default_factory=list)
+    held: set[str] = field(default_factory=set)
 
     async def submit(self, submission: Submission) -> tuple[RunRow, bool]:
         await trio.lowlevel.checkpoint()
@@ -224,6 +307,7 @@ class StubEngine:
             metadata=submission.metadata,
             tags=submission.tags,
             subject=submission.subject,
+            replay_of=submission.replay_of,
             created_at=1_700_000_000.0 + len(self.store.rows),
         )
         self.store.rows[row.no] = row
@@ -242,16 +326,28 @@ class StubEngine:
         self.store.rows[run.no].cancelling = True
         return replace(self.store.rows[run.no])
 
-    async def create_row(self, task: TaskInfo, fields: dict[str, Any]) -> Row:
+    async def create_row(self, submission: Submission, fields: dict[str, Any]) -> Created:
         await trio.lowlevel.checkpoint()
         if self.refusal is not None:
             raise self.refusal
         self.created.append(fields)
-        return Row(app="demo", model="ExampleTask", pk=len(self.created))
+        row = Row(app="demo", model="ExampleTask", pk=len(self.created))
+        return Created(ask="1", row=row, run=submission.id)
 
     async def ask(self, app: str, model: str, pk: str) -> Answer:
         await trio.lowlevel.checkpoint()
         return self.answer or Answer(ask="1", status="unknown")
+
+    async def end_runner(self, id: str, *, now: bool) -> bool:
+        await trio.lowlevel.checkpoint()
+        self.ordered.append((id, now))
+        return id in [view.id for view in self.views]
+
+    async def reset_task(self, task: str) -> bool:
+        await trio.lowlevel.checkpoint()
+        was_held = task in self.held
+        self.held.discard(task)
+        return was_held
 
     def runners(self) -> list[View]:
         return self.views
@@ -314,7 +410,8 @@ def token(**claims: Any) -> str:
 
 def app_of(engine: StubEngine) -> Any:
     """Return the application over `engine`."""
-    return build_app(engine, Authenticator(KEY, ["testserver"], engine.settings.cors_origins))
+    authenticator = Authenticator(KEY, ["testserver"], engine.settings.cors_origins)
+    return build_app(engine, authenticator, Retention(engine.store, engine.settings, "boot"))
 
 
 @asynccontextmanager

@@ -11,13 +11,14 @@ import trio
 import trio.testing
 
 from gateway.reading import BODY_SECONDS, negotiate, page_cursor, parse_page_cursor, preferred_wait
-from gateway.store.rows import AttemptRow
+from gateway.store.rows import AttemptRow, RunRow
 from gateway.submission import Submission
 from taskkit import tokens
 from taskkit.errors import InvalidArguments, NotWritable, QueueFull
 from taskkit.identifiers import new_run_id, parse_run_id
 from taskkit.lifecycle import RunStatus
 from taskkit.settings import LimitSettings, Settings
+from taskkit.wire.messages import Created
 from tests.unit.gateway.fakes import KEY, Exchange, StubEngine, View, app_of, client_of, exchange, token
 
 RUNS = "/api/v1/runs"
@@ -293,6 +294,36 @@ async def test_the_same_model_submission_twice_at_once_saves_one_row() -> None:
     assert len(engine.created) == 1
 
 
+async def test_a_saved_row_waits_for_room_and_its_client_gets_the_id() -> None:
+    class FullEngine(StubEngine):
+        async def submit(self, submission: Submission) -> tuple[RunRow, bool]:
+            raise QueueFull("10 runs wait already", retry_after=5)
+
+    async with client_of(FullEngine()) as client:
+        response = await client.post(
+            RUNS,
+            json={"task": "demo.ExampleTask", "fields": {"message": "hi"}},
+            headers={"Idempotency-Key": "k"},
+        )
+    assert (response.status_code, response.headers["retry-after"]) == (503, "5")
+    assert parse_run_id(response.json()["run"]), "the row is saved, so its run will be made: that is no 429"
+
+
+async def test_a_repetition_goes_on_with_the_first_ones_row_and_id() -> None:
+    first = new_run_id()
+
+    class KnowingEngine(StubEngine):
+        async def create_row(self, submission: Submission, fields: dict[str, Any]) -> Created:
+            made = await super().create_row(submission, fields)
+            return Created(ask="1", row=made.row, run=first)
+
+    engine = KnowingEngine()
+    async with client_of(engine) as client:
+        response = await client.post(RUNS, json={"task": "demo.ExampleTask", "fields": {"message": "hi"}})
+    assert (response.status_code, response.json()["id"]) == (202, first)
+    assert engine.submissions[0].id == first
+
+
 async def test_what_the_model_refuses_is_422_an_absent_database_503() -> None:
     engine = StubEngine(refusal=InvalidArguments("not valid", errors={"message": "Too long."}))
     body = {"task": "demo.ExampleTask", "fields": {"message": "hi"}}
@@ -329,7 +360,8 @@ async def test_a_snapshot_tells_everything() -> None:
         assert document["progress"] == {"done": 1}
         assert document["metadata"] == {"a": 1}
         assert document["tags"] == ["x"]
-        assert document["offsets"] == {"first": 1, "last": 2}
+        assert document["offsets"] == {"first": 1, "last": 2, "cursor": "2"}
+        assert document["result_expired"] is False
         assert document["subscribers"] == 0
         assert document["finished_at"] == "2023-11-14T22:15:00.000Z"
         first, second = document["attempts"]

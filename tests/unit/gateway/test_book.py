@@ -15,12 +15,12 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from gateway.book import Book
 from gateway.output import Line
 from gateway.state import After
-from gateway.store.rows import AttemptRow, Batch, EventRow, KeyRow, Opened, RunRow
+from gateway.store.rows import AttemptRow, Batch, EventRow, KeyRow, Opened, QuarantinedRow, RunRow
 from gateway.submission import Submission
 from taskkit.errors import LifecycleError, UnexpectedMessage
 from taskkit.identifiers import new_run_id
-from taskkit.lifecycle import RunStatus
-from taskkit.settings import LimitSettings, PoolSettings, Settings
+from taskkit.lifecycle import QUARANTINE_AFTER, RunStatus
+from taskkit.settings import BreakerSettings, LimitSettings, PoolSettings, Settings
 from taskkit.wire.messages import (
     Assigned,
     Cancel,
@@ -50,15 +50,16 @@ CAUSES = (
 SETTINGS = Settings(
     pools={"default": PoolSettings(runners=3), "shared": PoolSettings(runners=4, concurrency=3, runs=5)},
     limits=LimitSettings(cancel_grace_seconds=3.0, kill_grace_seconds=1.5),
+    breaker=BreakerSettings(crashes=2, period=5.0, pause=0.05, longest_pause=0.4, exempt=["spared.*"]),
 )
 FAILURE = TaskFailure(exception="builtins.ValueError", message="no", traceback="Traceback …")
 
 
 def submission(**changes: Any) -> Submission:
     """Return a submission of a function, waiting for nothing."""
-    task = TaskInfo(
-        name="t.f", path="t.tasks.f", kind="function", on_lost=str(changes.pop("on_lost", "retry"))
-    )
+    name = str(changes.pop("name", "t.f"))
+    on_lost = str(changes.pop("on_lost", "retry"))
+    task = TaskInfo(name=name, path=f"path.of.{name}", kind="function", on_lost=on_lost)
     values: dict[str, Any] = {
         "id": new_run_id(),
         "task": task,
@@ -87,6 +88,7 @@ class ModelStore:
         self.attempts: dict[str, AttemptRow] = {}
         self.sources: dict[str, int] = {}
         self.ended: set[int] = set()
+        self.breakers: dict[str, bytes] = {}
         self.last_pos = 0
 
     def commit(self, batch: Batch) -> None:
@@ -103,6 +105,10 @@ class ModelStore:
         self.sources |= batch.sources
         for runner in batch.forgotten:
             self.sources.pop(runner, None)
+        for task, record in batch.breakers.items():
+            self.breakers.pop(task, None)
+            if record is not None:
+                self.breakers[task] = record
         for no, version in batch.told.items():
             assert version <= self.runs[no].version
             self.runs[no].told = version
@@ -150,7 +156,14 @@ class ModelStore:
         }
         attempts = [dataclasses.replace(row) for row in self.attempts.values() if row.ending is None]
         next_no = max(self.runs, default=0) + 1
-        return Opened(runs, attempts, dict(self.sources), next_no, self.last_pos + 1)
+        quarantined = [
+            QuarantinedRow(run.id, run.task, run.finished_at or 0.0)
+            for run in self.runs.values()
+            if run.status is RunStatus.FAILED and run.crashes >= QUARANTINE_AFTER
+        ]
+        return Opened(
+            runs, attempts, dict(self.sources), next_no, self.last_pos + 1, dict(self.breakers), quarantined
+        )
 
 
 @dataclass
@@ -165,6 +178,11 @@ class SimRunner:
     seen: set[str] = field(default_factory=set)
     cause: Cause | None = None
     known_dead: bool = False
+    retired: bool = False
+
+
+#: The second one is never held back.
+TASKS = ("t.f", "spared.f")
 
 
 class BookMachine(RuleBasedStateMachine):
@@ -176,7 +194,7 @@ class BookMachine(RuleBasedStateMachine):
         self.store = ModelStore()
         self.runners: dict[str, SimRunner] = {}
         self.made = 0
-        self.book = Book(SETTINGS, self.store.open(), [], self.now)
+        self.book = Book(SETTINGS, self.store.open(), [], self.now, self.now)
 
     # --- a round, as the engine makes it, and its three ways to be cut short
 
@@ -202,9 +220,13 @@ class BookMachine(RuleBasedStateMachine):
 
     def _round(self, share: int, ends: str) -> None:
         self.now += 0.01
+        self.book.moment = self.now
         taken = self._look(share)
+        held = {task for task in TASKS if self.book.casualties._breaker.holds(task)}
+        trials = self.book.casualties.trials(self.now)
         self.book.claim(self.now)
         batch, after = self.book.take()
+        self._check_claims(batch, held, trials)
         if ends == "before the commit":
             self._restart()
             return
@@ -219,7 +241,22 @@ class BookMachine(RuleBasedStateMachine):
             return
         self._act(after)
 
+    def _check_claims(self, batch: Batch, held: set[str], trials: frozenset[str]) -> None:
+        """Of a held task nothing begins but one run on trial; a suspect is alone in its process."""
+        begun = [self.book.attempts[row.token] for row in batch.attempts if row.token in self.book.attempts]
+        for task in held:
+            tried = [attempt for attempt in begun if attempt.run.task == task]
+            assert len(tried) <= (1 if task in trials else 0)
+        for attempt in self.book.attempts.values():
+            if attempt.run.suspect:
+                runner = self.book.runners[attempt.row.runner]
+                assert runner.tokens == {attempt.row.token}, "a suspect shares its process"
+                assert runner.retiring, "and would"
+
     def _act(self, after: After) -> None:
+        for message in after.control:
+            if isinstance(message, Assigned) and message.last:
+                self.runners[message.runner].retired = True
         for id, order in after.orders:
             if isinstance(order, Start):
                 row = self.store.attempts[order.token]
@@ -241,9 +278,11 @@ class BookMachine(RuleBasedStateMachine):
             del self.runners[id]
 
     def _restart(self) -> None:
-        self.book = Book(SETTINGS, self.store.open(), list(self.runners), self.now)
+        self.book = Book(SETTINGS, self.store.open(), list(self.runners), self.now, self.now)
         for id, sim in self.runners.items():
             self.book.runner_up(sim.spec, 1, self.now, adopted=True)
+            if sim.retired:  # the supervisor knows
+                self.book.retire([id])
             if sim.known_dead:
                 self.book.runner_exited(id, sim.cause or Cause(kind="exit"))
 
@@ -268,15 +307,17 @@ class BookMachine(RuleBasedStateMachine):
         self._round(share, ends)
 
     @rule(
+        name=st.sampled_from(TASKS),
         pool=st.sampled_from(("default", "shared")),
         priority=st.integers(-1, 1),
-        max_attempts=st.integers(1, 3),
+        max_attempts=st.integers(1, 5),
         on_lost=st.sampled_from(("retry", "fail")),
         later=st.sampled_from((None, None, -1.0, 0.03)),
         row=st.sampled_from((None, None, 1, 2)),
     )
     def accept(
         self,
+        name: str,
         pool: str,
         priority: int,
         max_attempts: int,
@@ -288,6 +329,7 @@ class BookMachine(RuleBasedStateMachine):
         if address is not None and self.book.find_row(address.key) is not None:
             return  # the engine returns the open run of that row
         made = submission(
+            name=name,
             pool=pool,
             priority=priority,
             max_attempts=max_attempts,
@@ -364,6 +406,64 @@ class BookMachine(RuleBasedStateMachine):
         sim.cause = Cause(kind=kind, detail="it died")
         sim.known_dead = told
 
+    @precondition(lambda self: len(self.runners) < 5)
+    @rule(
+        pool=st.sampled_from(("default", "shared", "shared")),
+        name=st.sampled_from(TASKS),
+        new=st.integers(0, 3),
+        runs=st.integers(1, 4),
+        kind=st.sampled_from(("signal", "oom", "exit", "signal", "operator")),
+        returned=st.sampled_from((0, 0, 0, 1, 2)),
+        ends=st.sampled_from(("whole", "whole", "before the commit", "before the orders are sent")),
+    )
+    def a_process_dies_at_work(
+        self, pool: str, name: str, new: int, runs: int, kind: str, returned: int, ends: str
+    ) -> None:
+        """A fresh runner starts whatever it is given, ends some of it, and dies of the rest."""
+        for _ in range(new):
+            self.book.accept(submission(name=name, pool=pool, max_attempts=5), self.now)
+        self.spawn(pool, runs)
+        sim = self.runners[f"r{self.made}"]
+        for _ in range(2):
+            self._round(8, "whole")
+        for token in sim.ordered:
+            sim.frames.append(Started(token=token))
+            if returned:
+                returned -= 1
+                sim.frames.append(Finished(token=token, ending="returned"))
+        sim.ordered.clear()
+        sim.cause, sim.known_dead = Cause(kind=kind, detail="it died at work"), True
+        self._round(100, ends)
+        self._round(100, "whole")
+
+    @precondition(lambda self: bool(self.book.attempts))
+    @rule(pick=st.integers(0, 99), kind=st.sampled_from(("timeout", "timeout", "cancelled")))
+    def deadline_passes_in_a_shared_process(self, pick: int, kind: str) -> None:
+        shared = [attempt for attempt in self.book.attempts.values() if attempt.run.pool == "shared"]
+        self.book.expired("r1", "nobody's", kind, self.now)
+        if shared:
+            attempt = shared[pick % len(shared)]
+            self.book.expired(attempt.row.runner, attempt.row.token, kind, self.now)
+
+    @rule(name=st.sampled_from(TASKS))
+    def somebody_resets_a_task(self, name: str) -> None:
+        self.book.reset(name, self.now)
+        assert not self.book.casualties._breaker.holds(name)
+
+    @rule(seconds=st.sampled_from((0.05, 0.4, 20.0)))
+    def time_passes(self, seconds: float) -> None:
+        self.now += seconds
+
+    @precondition(lambda self: bool(self._living()))
+    @rule(pick=st.integers(0, 99), now=st.booleans())
+    def somebody_ends_a_runner(self, pick: int, now: bool) -> None:
+        living = self._living()
+        id = living[pick % len(living)].spec.id
+        if now:
+            self.book.end_runner(id, "operator", "")
+        else:
+            self.book.drain_runner(id)
+
     @precondition(lambda self: any(sim.cause and not sim.known_dead for sim in self.runners.values()))
     @rule()
     def supervisor_tells_of_deaths(self) -> None:
@@ -392,8 +492,10 @@ class BookMachine(RuleBasedStateMachine):
         self._round(1, "whole")
 
     @precondition(lambda self: not self.book.draining)
-    @rule()
-    def drain(self) -> None:
+    @rule(dice=st.integers(1, 6))
+    def drain(self, dice: int) -> None:
+        if dice < 6:  # nothing begins any more after it: not in every example
+            return
         self.book.drain()
         self._round(1, "whole")
 
@@ -434,11 +536,22 @@ class BookMachine(RuleBasedStateMachine):
             assert len(runner.tokens) <= runner.spec.concurrency
 
     @invariant()
+    def a_trial_is_under_way_or_over(self) -> None:
+        assigned = {attempt.run.no for attempt in self.book.attempts.values()}
+        for tripped in self.book.casualties._breaker.all_tripped(self.now):
+            assert tripped.trial is None or tripped.trial in assigned, "a task would be held for ever"
+
+    @invariant()
     def the_store_keeps_the_promises(self) -> None:
         for no, run in self.store.runs.items():
             attempts = [row for row in self.store.attempts.values() if row.run == no]
             counted = sum(row.started_at is not None and row.ending != "lost" for row in attempts)
             assert run.counted == counted <= run.max_attempts, "a run put back is not counted"
+            crashes = sum(row.ending == "crashed" for row in attempts)
+            assert run.crashes == crashes <= QUARANTINE_AFTER
+            if crashes == QUARANTINE_AFTER and not run.cancelling:
+                assert run.status is RunStatus.FAILED
+                assert json.loads(run.error or b"{}")["code"] == "quarantined"
             started = [row.number for row in attempts if row.started_at is not None]
             assert sorted(started) == list(range(1, len(started) + 1))
             assert sum(row.ending is None for row in attempts) <= (0 if run.status.is_terminal else 1)
@@ -813,6 +926,16 @@ def test_a_started_attempt_is_not_ordered_again() -> None:
     book.frame(runner, 3, Event(token="tok", type="tick", data=b"{}"), 5.0)
     assert [event.type for event in book.batch.events] == ["tick"]
     assert runner.session.duplicates == 1
+
+
+def test_a_started_attempt_keeps_its_limit_over_a_takeover() -> None:
+    """The gateway before may have died with `Started` stored and the exact limit not yet said."""
+    run = RunRow(no=1, id="run-1", task="t.f", status=RunStatus.RUNNING, attempt=1, counted=1, timeout=4.0)
+    row = AttemptRow(run=1, number=1, runner="r1", pid=7, token="tok", assigned_at=1.0, started_at=2.0)
+    book = Book(SETTINGS, Opened({1: run}, [row], {"r1": 2}, 2, 1), ["r1"], 5.0)
+    book.runner_up(RunnerSpec(id="r1"), 7, 1.0, adopted=True)
+    (limit,) = [message for message in book.after.control if isinstance(message, Deadline)]
+    assert (limit.kind, limit.after, limit.at_most) == ("timeout", 4.0, True)
 
 
 def test_attempts_of_a_tree_that_died_are_lost() -> None:

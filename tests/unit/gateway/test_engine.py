@@ -517,6 +517,25 @@ async def test_a_submission_whose_outcome_is_unknown_is_safe_to_repeat(
         assert replayed, "it was decided, and committed as soon as that was possible"
 
 
+@pytest.mark.parametrize("key", ["k", None])
+async def test_a_repeated_submission_is_not_answered_before_the_first_is_committed(
+    tmp_path: Path, key: str | None
+) -> None:
+    """The gateway could die before it is, and whoever was told of the run would ask for it in vain."""
+    async with gate(tmp_path, wrap=Sulking) as g:
+        store: Any = g.engine.store
+        store.broken = True
+        id = new_run_id()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(g.engine.submit, submission(id=id, key=key, digest=b"d"))
+            await g.until(lambda: g.engine.book.find(id) and g.engine.store_error)
+            with pytest.raises(NotWritable):
+                await g.engine.submit(submission(id=id, key=key, digest=b"d"))
+            store.broken = False
+        run, replayed = await g.engine.submit(submission(id=id, key=key, digest=b"d"))
+        assert (run.id, replayed) == (id, True)
+
+
 async def test_an_error_of_a_decision_is_its_callers_alone(tmp_path: Path) -> None:
     async with gate(tmp_path) as g:
         with pytest.raises(ZeroDivisionError):

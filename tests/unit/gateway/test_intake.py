@@ -6,12 +6,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import trio
 
-from taskkit.errors import InvalidArguments, NotWritable
-from taskkit.wire.messages import Create, Created, Kill, Row, TaskFailure
-from tests.unit.gateway.gate import ROW_TASK, Gate, HandRunner, gate
+from gateway.submission import Submission
+from taskkit.errors import InvalidArguments, NotWritable, QueueFull
+from taskkit.wire.messages import Create, Created, Kill, Row, Submit, TaskFailure
+from tests.unit.gateway.gate import ROW_TASK, SETTINGS, Gate, HandRunner, gate, submission
 
 SAVED = Row(app="t", model="Row", pk=7)
 
@@ -23,9 +25,13 @@ def runner() -> Iterator[HandRunner]:
     made.close()
 
 
+def _asked(**changes: Any) -> Submission:
+    return submission(task=ROW_TASK, args=b"[]", **changes)
+
+
 async def _create(g: Gate, results: list[Any], fields: dict[str, Any] | None = None) -> None:
     try:
-        results.append(await g.engine.create_row(ROW_TASK, fields or {}))
+        results.append(await g.engine.create_row(_asked(), fields or {}))
     except Exception as error:
         results.append(error)
 
@@ -45,7 +51,7 @@ async def test_a_row_is_saved_by_a_runner(tmp_path: Path, runner: HandRunner) ->
         assert (order.task, order.fields) == ("t.Row", {"message": "hi"})
         runner.say(Created(ask=order.ask, row=SAVED))
         await g.until(lambda: results)
-        assert results == [SAVED]
+        assert [made.row for made in results] == [SAVED]
 
 
 async def test_what_is_wrong_is_named_by_field(tmp_path: Path, runner: HandRunner) -> None:
@@ -112,7 +118,7 @@ async def test_an_answer_that_came_before_the_death_counts(tmp_path: Path, runne
         runner.say(Created(ask=order.ask, row=SAVED))
         runner.die(g.engine, "exit")
         await g.until(lambda: results)
-        assert results == [SAVED]
+        assert [made.row for made in results] == [SAVED]
 
 
 async def test_a_runner_that_hangs_is_killed_and_its_late_answer_dropped(
@@ -122,7 +128,7 @@ async def test_a_runner_that_hangs_is_killed_and_its_late_answer_dropped(
     async with gate(tmp_path) as g:
         await _idle(g, runner)
         with pytest.raises(NotWritable, match="took longer"):
-            await g.engine.create_row(ROW_TASK, {})
+            await g.engine.create_row(_asked(), {})
         assert [(kill.runner, kill.kind) for kill in g.of(Kill)] == [("i1", "timeout")]
         order = await runner.ordered(Create)
         runner.say(Created(ask=order.ask, row=SAVED))
@@ -137,7 +143,7 @@ async def test_without_a_runner_the_client_is_told_to_come_back(
     monkeypatch.setattr("gateway.intake._SECONDS", 0.1)
     async with gate(tmp_path) as g:
         with pytest.raises(NotWritable, match="no process is free") as caught:
-            await g.engine.create_row(ROW_TASK, {})
+            await g.engine.create_row(_asked(), {})
         assert caught.value.retry_after
 
 
@@ -154,7 +160,7 @@ async def test_a_runner_that_does_not_take_the_order_is_passed_over(
         order = await other.ordered(Create)
         other.say(Created(ask=order.ask, row=SAVED))
         await g.until(lambda: results)
-        assert results == [SAVED]
+        assert [made.row for made in results] == [SAVED]
     other.close()
 
 
@@ -166,3 +172,41 @@ async def test_a_client_that_leaves_frees_the_runner(tmp_path: Path, runner: Han
             await runner.ordered(Create)
             nursery.cancel_scope.cancel()
         assert g.engine.intake._busy == {}
+
+
+async def test_the_order_has_all_that_the_outbox_needs(tmp_path: Path, runner: HandRunner) -> None:
+    async with gate(tmp_path) as g, trio.open_nursery() as nursery:
+        await _idle(g, runner)
+        asked = _asked(priority=3, tags=("a",), metadata=b'{"b":1}', key="k", digest=b"\xff", timeout=9.0)
+        nursery.start_soon(g.engine.create_row, asked, {})
+        order = await runner.ordered(Create)
+        assert order.submission == Submit(
+            id=asked.id,
+            task="t.Row",
+            pool="default",
+            priority=3,
+            timeout=9.0,
+            max_attempts=1,
+            metadata={"b": 1},
+            tags=["a"],
+            subject="ann",
+            key="k",
+            digest=b"\xff",
+        )
+        runner.say(Created(ask=order.ask, row=SAVED, run=asked.id))
+
+
+async def test_no_row_is_saved_that_could_not_become_a_run(tmp_path: Path, runner: HandRunner) -> None:
+    async with gate(tmp_path) as g:
+        await _idle(g, runner)
+        g.engine.store_error = "the store does not answer: database or disk is full"
+        with pytest.raises(NotWritable, match="disk is full") as away:
+            await g.engine.create_row(_asked(), {})
+        g.engine.store_error = ""
+        limits = msgspec.structs.replace(SETTINGS.limits, queued_runs=0)
+        g.engine.settings = msgspec.structs.replace(SETTINGS, limits=limits)
+        with pytest.raises(QueueFull) as full:
+            await g.engine.create_row(_asked(), {})
+        assert away.value.retry_after
+        assert full.value.retry_after
+        assert not [order for order in runner.orders() if isinstance(order, Create)]

@@ -22,15 +22,17 @@ from taskkit.wire.codec import pack
 from taskkit.wire.messages import (
     Answer,
     Ask,
+    Forgotten,
     GatewayToCourier,
     Message,
+    Recall,
     Row,
     Submit,
     Submitted,
     Told,
     Transition,
 )
-from tests.unit.gateway.gate import Gate, gate
+from tests.unit.gateway.gate import ROW_TASK, Gate, gate, submission
 
 _M = TypeVar("_M", bound=Message)
 
@@ -252,5 +254,41 @@ def test_a_transition_carries_the_run_as_it_stands() -> None:
     told = transition_of(run)
     assert (told.version, told.status, told.attempt, told.using) == (4, "FAILED", 2, "other")
     assert told.row == Row(app="t", model="Row", pk=7)
+    assert (told.args, told.kwargs, told.metadata) == (b"[1]", b'{"a":2}', b'{"m":1}')
     assert (told.error, told.result, told.tags) == (b'{"code":"raised"}', None, ["x"])
     assert (told.created_at, told.started_at, told.finished_at) == (1.0, 2.0, 3.0)
+
+
+async def test_the_idempotency_key_of_a_row_over_http_comes_along(tmp_path: Path) -> None:
+    """Its gateway died before the run was accepted: a repetition by key finds the run that the outbox has brought."""
+    async with gate(tmp_path) as g, linked(g) as courier:
+        row = Row(app="t", model="Row", pk=1)
+        first = Submit(id=new_run_id(), task="t.Row", row=row, subject="ann", key="k", digest=b"1")
+        courier.channel.send(first)
+        assert (await courier.next(Submitted)).run == first.id
+        again = submission(task=ROW_TASK, args=b"[]", key="k", digest=b"1")
+        run, replayed = await g.engine.submit(again)
+        assert (run.id, replayed) == (first.id, True)
+        courier.channel.send(Submit(id=new_run_id(), task="t.Row", subject="ann", key="k", digest=b"2"))
+        assert (await courier.next(Submitted)).code == "idempotency-conflict"
+
+
+async def test_what_django_holds_to_be_open_is_put_right(tmp_path: Path) -> None:
+    async with gate(tmp_path) as g:
+        open, ended, untold = await g.submit(), await g.submit(), await g.submit()
+        await g.engine.cancel(ended, None)
+        async with linked(g) as courier:
+            for _ in range(3):
+                await courier.next(Transition)
+            for run, version in ((open, 1), (ended, 2)):
+                courier.channel.send(Told(run=run.id, version=version))
+            await g.until(lambda: list(g.engine.book.untold) == [untold.no])
+            unknown = new_run_id()
+            asked = {open.id: 1, ended.id: 1, untold.id: 0, unknown: 5}
+            courier.channel.send(Recall(runs=asked))
+            told = await courier.next(Transition)
+            assert (told.run, told.version, told.status) == (ended.id, 2, "CANCELLED")
+            assert await courier.next(Forgotten) == Forgotten(run=unknown)
+            courier.channel.send(Told(run=ended.id, version=2))
+            courier.channel.send(Recall(runs={unknown: 0}))
+            assert await courier.next(Forgotten) == Forgotten(run=unknown)

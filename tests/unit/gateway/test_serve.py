@@ -720,9 +720,7 @@ class TestBulkheads:
         before = resource.getrlimit(resource.RLIMIT_NOFILE)
         async with serving() as running, bystander(running):
             with trio.socket.socket() as client:
-                fds = sorted(int(name) for name in os.listdir("/proc/self/fd"))
-                first_free = next(n for n in range(len(fds) + 1) if n not in fds)
-                resource.setrlimit(resource.RLIMIT_NOFILE, (first_free, before[1]))
+                resource.setrlimit(resource.RLIMIT_NOFILE, (first_free_descriptor(), before[1]))
                 try:
                     await client.connect(("127.0.0.1", running.port))
                     await eventually(lambda: "cannot accept" in caplog.text)
@@ -733,6 +731,28 @@ class TestBulkheads:
                     assert (await client.recv(10_000)).startswith(OK)
         assert os.strerror(errno.EMFILE) in caplog.text
         assert caplog.text.count("cannot accept") == 1
+
+    async def test_the_last_descriptors_are_not_for_connections(self) -> None:
+        """A runner's ends, or the store's readers, may need them while clients come in crowds."""
+        before = resource.getrlimit(resource.RLIMIT_NOFILE)
+        async with serving() as running, bystander(running):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (first_free_descriptor() + 3, before[1]))
+            try:
+                refused = await ask(running, request())
+            finally:
+                resource.setrlimit(resource.RLIMIT_NOFILE, before)
+            assert refused.startswith(b"HTTP/1.1 503")
+            async with await running.connect() as stream:
+                await stream.send_all(request())
+                with trio.fail_after(5):
+                    assert (await stream.receive_some()).startswith(OK)
+
+
+def first_free_descriptor() -> int:
+    """Return the number that the next descriptor of this process gets."""
+    free = os.dup(0)
+    os.close(free)
+    return free
 
 
 @pytest.mark.usefixtures("no_errors")
@@ -819,6 +839,19 @@ class TestShutdown:
                         await stream.send_all(request("/flood"))
                         await read_until(stream, b"xxx")
                         nursery.cancel_scope.cancel()
+
+    async def test_cancelling_cuts_answers_off_instead_of_failing_them(self) -> None:
+        """A 500 would be the last that an EventSource asks for; after a reset it comes back."""
+        app = App()
+        with trio.fail_after(5), listening() as listener:
+            async with await trio.open_tcp_stream("127.0.0.1", listener.getsockname()[1]) as stream:
+                async with trio.open_nursery() as nursery:
+                    run = partial(serve, limits=ServeLimits(), shutdown=trio.Event(), grace=9, state={})
+                    await nursery.start(run, app, [listener])
+                    await stream.send_all(request("/wait"))
+                    await eventually(lambda: bool(app.peers))
+                    nursery.cancel_scope.cancel()
+                assert await read_to_end(stream) == b""
 
     async def test_what_is_left_after_the_grace_is_reset(self) -> None:
         async with serving(grace=0.1) as running, await running.connect() as stream:

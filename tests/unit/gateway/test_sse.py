@@ -88,6 +88,8 @@ def test_text_is_what_was_said_as_text(data: bytes, text: bytes) -> None:
         (None, {"last_event_id": "4"}, Cursor(offset=4)),
         (None, {"lastEventId": "5"}, Cursor(offset=5)),
         (None, {"after": "6.7"}, Cursor(offset=6, line=7)),
+        (None, {"after": "e2-6"}, Cursor(offset=6, epoch=2)),
+        ("e10-6.7", {}, Cursor(offset=6, line=7, epoch=10)),
         (None, {"after": "latest"}, Cursor(origin=Origin.LATEST)),
         (None, {"after": "now"}, Cursor(origin=Origin.NOW)),
     ],
@@ -97,7 +99,11 @@ def test_cursors_of_a_request(header: str | None, query: dict[str, str], cursor:
 
 
 @pytest.mark.parametrize(
-    "text", ["x", "-1", "1.", ".1", "1.2.3", "\uff19", "1" * 19, "0" * 200, "latest", " 1"]
+    "text",
+    [
+        *("x", "-1", "1.", ".1", "1.2.3", "\uff19", "1" * 19, "0" * 200, "latest", " 1"),
+        *("e-1", "e0-1", "e1", "e1-", "E1-1", "e1-x", "1-1", "e01-1", "e1-1-1", "e1-1.", "e1111111111-1"),
+    ],
 )
 def test_malformed_last_event_id(text: str) -> None:
     with pytest.raises(ValueError, match="malformed"):
@@ -114,3 +120,29 @@ def test_cursors_resolve_against_the_newest_event() -> None:
     assert Cursor(origin=Origin.LATEST).resolve(9) == 8
     assert Cursor(origin=Origin.LATEST).resolve(0) == 0
     assert Cursor(origin=Origin.NOW).resolve(9) == 9
+
+
+def test_ids_tell_the_epoch_only_when_there_is_one() -> None:
+    assert [sse.event_id(0, 7), sse.event_id(0, 7, 3)] == ["7", "7.3"]
+    assert [sse.event_id(2, 7), sse.event_id(2, 7, 3)] == ["e2-7", "e2-7.3"]
+    assert sse.reset_event(5, "epoch", 1) == (
+        b'id: e1-4\nevent: stream.reset\ndata: {"from":5,"reason":"epoch"}\n\n'
+    )
+
+
+def test_every_id_is_read_back(rng: random.Random) -> None:
+    for _ in range(1000):
+        epoch, offset = rng.choice([0, 0, 1, 7, 10**8]), rng.randrange(10**6)
+        line = rng.choice([None, rng.randrange(10**6)])
+        cursor = sse.parse_cursor(sse.event_id(epoch, offset, line), {})
+        assert cursor == Cursor(offset=offset, line=line, epoch=epoch)
+
+
+def test_a_cursor_means_something_in_its_own_epoch_only() -> None:
+    assert Cursor(offset=4, epoch=1).is_of(1)
+    assert not Cursor(offset=4, epoch=1).is_of(2)
+    assert not Cursor(offset=4).is_of(1)
+    assert not Cursor(offset=0, line=3).is_of(1)
+    assert Cursor().is_of(1), "in front of everything"
+    assert Cursor(origin=Origin.NOW).is_of(1)
+    assert Cursor(origin=Origin.LATEST).is_of(1)

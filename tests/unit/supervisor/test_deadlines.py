@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import msgspec
 import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
@@ -50,6 +51,20 @@ def test_a_later_order_with_the_same_key_replaces() -> None:
     ledger.arm(deadline(3, grace=7), 1)
     assert len(ledger) == 1
     assert ledger.due(100) == [Due("r", "t", "timeout", 7)]
+
+
+@pytest.mark.parametrize(("after", "at"), [(3, 4), (9, 10), (20, 10)])
+def test_an_order_of_at_most_keeps_what_is_earlier(after: float, at: float) -> None:
+    ledger = DeadlineLedger()
+    ledger.arm(deadline(10), 0)
+    ledger.arm(msgspec.structs.replace(deadline(after), at_most=True), 1)
+    assert (len(ledger), ledger.next()) == (1, at)
+
+
+def test_an_order_of_at_most_stands_alone_as_well() -> None:
+    ledger = DeadlineLedger()
+    ledger.arm(msgspec.structs.replace(deadline(3), at_most=True), 1)
+    assert ledger.next() == 4
 
 
 @pytest.mark.parametrize(

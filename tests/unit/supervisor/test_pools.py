@@ -163,8 +163,8 @@ async def test_a_runner_that_dies_unused_is_replaced_later(world: World, autojum
     victim = world.living()[0]
     world.orders.clear()
     now = trio.current_time()
-    world.pools.died_idle(victim)
     world.die(victim)
+    world.pools.died_idle(victim)
     await trio.sleep(1)
     ((at, number),) = world.orders
     assert number == 1
@@ -177,10 +177,21 @@ async def test_runners_that_always_die_unused_do_not_loop(world: World, autojump
     began = trio.current_time()
     while trio.current_time() < began + 60:
         for runner in world.living():
-            world.pools.died_idle(runner)
             world.die(runner)
+            world.pools.died_idle(runner)
         await trio.sleep(0.2)
     assert len(world.orders) < 40
+
+
+async def test_a_pool_without_a_runner_is_noted_until_one_serves(world: World, autojump_clock: Clock) -> None:
+    await world.run()
+    for runner in world.living():
+        world.die(runner)
+        world.pools.died_idle(runner)
+    (note,) = world.pools.notes()
+    assert "pool default: no runner comes up" in note
+    await trio.sleep(5)
+    assert list(world.pools.notes()) == []
 
 
 async def test_after_stop_nobody_is_made(world: World, autojump_clock: Clock) -> None:
@@ -203,9 +214,9 @@ async def test_one_pools_trouble_is_not_anothers(autojump_clock: Clock, tmp_path
         )
         await world.run()
         sick = world.living("default")[0]
+        world.die(sick)
         for _ in range(8):
             world.pools.died_idle(sick)
-        world.die(sick)
         world.die(world.living("other")[0])
         await trio.sleep(0.05)
         assert (len(world.living("default")), len(world.living("other"))) == (1, 2)

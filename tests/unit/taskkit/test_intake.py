@@ -7,13 +7,17 @@ from typing import Any
 import pytest
 from django.db import IntegrityError, OperationalError
 
+from taskkit.identifiers import new_run_id
+from taskkit.wire.messages import Created, Row, Submit
+
 pytestmark = pytest.mark.usefixtures("django_project")
 
 
-def _create(fields: dict[str, Any], task: str = "proj.ARow") -> Any:
+def _create(fields: dict[str, Any], task: str = "proj.ARow", **submission: Any) -> Created:
     from taskkit import intake, registry
 
-    return intake.create(registry.load()[task], fields, using="default")
+    asked = Submit(**{"id": new_run_id(), "task": task, "subject": "ann"} | submission)
+    return intake.save(registry.load()[task], fields, asked, ask="1")
 
 
 def _errors(fields: dict[str, Any]) -> dict[str, str]:
@@ -27,13 +31,12 @@ def _errors(fields: dict[str, Any]) -> dict[str, str]:
 
 
 def test_a_valid_row_is_saved() -> None:
-    from taskkit.wire.messages import Row
     from tests.project.models import ARow
 
-    address = _create({"message": "hi", "steps": 2, "pause": 0.5})
+    made = _create({"message": "hi", "steps": 2, "pause": 0.5})
     row = ARow.objects.get()
     assert (row.message, row.steps, row.pause) == ("hi", 2, 0.5)
-    assert address == Row(app="proj", model="ARow", pk=row.pk)
+    assert made.row == Row(app="proj", model="ARow", pk=row.pk)
 
 
 def test_every_wrong_field_is_named() -> None:
@@ -80,3 +83,102 @@ def test_a_constraint_that_strikes_late_is_the_callers_error(monkeypatch: pytest
 
     monkeypatch.setattr(ARow, "save", save)
     assert "UNIQUE" in _errors({"message": "x"})["__all__"]
+
+
+def test_a_row_comes_with_the_outbox_entry_of_its_submission() -> None:
+    from taskkit.models import Outbox, Run
+
+    made = _create({"message": "hi"}, priority=7, tags=["a"], metadata={"b": 1}, key="k", digest=b"\1\xff")
+    assert made.row is not None
+    entry, run = Outbox.objects.get(), Run.objects.get()
+    assert str(entry.id) == str(run.id) == made.run
+    assert entry.row_key == run.row_key == made.row.key
+    assert (run.status, run.version, run.tags, run.metadata) == ("READY", 0, ["a"], {"b": 1})
+    from taskkit.courier import outbox_reader
+
+    (submission,), refusals = outbox_reader.read("default", (), 9)
+    assert not refusals
+    assert submission == Submit(
+        id=made.run,
+        task="proj.ARow",
+        row=made.row,
+        priority=7,
+        tags=["a"],
+        metadata={"b": 1},
+        subject="ann",
+        key="k",
+        digest=b"\1\xff",
+    )
+
+
+def test_a_row_without_its_entry_is_not_saved(monkeypatch: pytest.MonkeyPatch) -> None:
+    from taskkit import intake
+    from taskkit.errors import NotWritable
+    from taskkit.models import Run
+    from tests.project.models import ARow
+
+    def insert(submission: Submit) -> None:
+        raise OperationalError("disk full")
+
+    monkeypatch.setattr(intake, "insert_rows", insert)
+    with pytest.raises(NotWritable, match="disk full"):
+        _create({"message": "hi"})
+    assert not ARow.objects.exists()
+    assert not Run.objects.exists()
+
+
+def test_the_same_id_finds_its_row_whether_the_courier_was_there_or_not() -> None:
+    from taskkit.models import Outbox
+    from tests.project.models import ARow
+
+    first = _create({"message": "hi"})
+    assert _create({"message": "hi"}, id=first.run) == first
+    Outbox.objects.all().delete()
+    assert _create({"message": "hi"}, id=first.run) == first
+    assert ARow.objects.count() == 1
+
+
+def test_the_same_key_finds_the_row_and_the_id_of_the_first_try() -> None:
+    from tests.project.models import ARow
+
+    first = _create({"message": "hi"}, key="k", digest=b"1")
+    assert _create({"message": "hi"}, key="k", digest=b"1") == first
+    others = [
+        _create({"message": "hi"}, key="k", digest=b"1", subject="bob"),
+        _create({"message": "hi"}, key="k", digest=b"2"),
+        _create({"message": "hi"}, key="other", digest=b"1"),
+    ]
+    assert len({made.run for made in [first, *others]}) == 4
+    assert ARow.objects.count() == 4
+
+
+def test_a_rival_with_the_same_id_leaves_one_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    from taskkit import intake
+    from tests.project.models import ARow
+
+    first = _create({"message": "hi"})
+    look, looks = intake._saved_before, []
+
+    def late(*args: Any) -> Any:
+        looks.append(args)
+        return look(*args) if len(looks) > 1 else None
+
+    monkeypatch.setattr(intake, "_saved_before", late)
+    assert _create({"message": "hi"}, id=first.run) == first
+    assert ARow.objects.count() == 1
+
+
+def test_a_connection_that_broke_is_not_used_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    from django.db import ProgrammingError, connection
+
+    from tests.project.models import ARow
+
+    _create({"message": "before"})
+    monkeypatch.setitem(connection.settings_dict, "CONN_MAX_AGE", None)
+    monkeypatch.setattr(connection, "is_usable", lambda: False)  # SQLite's own says True whatever happens
+    connection.ensure_connection()
+    connection.connection.close()  # as a server does when it restarts: Django has not noticed
+    with pytest.raises(ProgrammingError):  # SQLite's word for it
+        _create({"message": "lost"})
+    _create({"message": "after"})
+    assert list(ARow.objects.values_list("message", flat=True)) == ["before", "after"]

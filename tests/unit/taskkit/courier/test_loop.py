@@ -187,7 +187,7 @@ def test_transitions_reach_the_projection_and_are_told(linked: Tree) -> None:
     from taskkit.models import Run
 
     run = new_run_id()
-    linked.tell(_transition(run, args=[1], tags=["a"]))
+    linked.tell(_transition(run, args=b"[1]", tags=["a"]))
     assert linked.expect(Told) == Told(run=run, version=1)
     linked.tell(
         _transition(run, 2, status="RUNNING", attempt=1, started_at=1e9 + 1),

@@ -172,3 +172,15 @@ def test_naive_projects_get_naive_times() -> None:
 
     with override_settings(USE_TZ=False, TIME_ZONE="UTC"):
         assert projection._moment(1e9).tzinfo is None
+
+
+def test_json_is_parsed_here_whatever_it_is() -> None:
+    run, deep = new_run_id(), new_run_id()
+    _write(_transition(run, args=b'[1,"\\u00e9"]', kwargs=b'{"a":[null]}', metadata=b'{"m":1.5}'))
+    assert (_run(run).args, _run(run).kwargs, _run(run).metadata) == (
+        [1, "\u00e9"],
+        {"a": [None]},
+        {"m": 1.5},
+    )
+    _write(_transition(deep, 1, "SUCCESSFUL", args=b"[" * 100_000 + b"]" * 100_000))
+    assert _run(deep).status == "SUCCESSFUL", "what cannot be stored is left out"

@@ -20,6 +20,7 @@ import msgspec
 import pytest
 
 from taskkit import linux
+from taskkit.runner import emitter
 from taskkit.runner.emitter import Emitter
 from taskkit.wire.codec import pack_runner_frame, unpack_runner_frame
 from taskkit.wire.framing import MAX_FRAME, Frame, max_frame, read_frames
@@ -153,8 +154,9 @@ def test_a_blob_that_cannot_be_written_is_an_error_and_leaves_nothing(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(OSError, match="100000 bytes cannot be stored in the state directory: No space") as error:
         pipe.emitter.event("tok", "big", b"1" * 100_000)
+    assert (error.value.errno, error.value.filename) == (28, str(pipe.blobs)), "it says where"
     monkeypatch.undo()
     assert list(pipe.blobs.iterdir()) == []
     pipe.emitter.send(_event(1))
@@ -170,6 +172,41 @@ def test_a_large_result_goes_to_a_blob_a_small_one_does_not(pipe: Pipe) -> None:
     assert small.result == b"1" * 1000
     assert large.blob is not None
     assert (large.size, (pipe.blobs / large.blob).stat().st_size) == (50_000, 50_000)
+
+
+def test_a_large_result_waits_for_room(pipe: Pipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, full = os.fsync, [OSError(28, "No space left on device")] * 3
+
+    def fsync(fd: int) -> None:
+        if full:
+            raise full.pop()
+        real(fd)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(emitter, "_RESULT_PAUSE", 0.001)
+    pipe.emitter.finished(Finished(token="tok", ending="returned", result=b"1" * 50_000))
+    (told,) = pipe.take()
+    assert isinstance(told, Finished)
+    assert (told.ending, told.size) == ("returned", 50_000)
+    assert [path.name for path in pipe.blobs.iterdir()] == [told.blob]
+
+
+def test_a_large_result_that_finds_no_room_is_a_failure_that_says_so(
+    pipe: Pipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(fd: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    monkeypatch.setattr(emitter, "RESULT_PATIENCE", 0.01)
+    monkeypatch.setattr(emitter, "_RESULT_PAUSE", 0.001)
+    pipe.emitter.finished(Finished(token="tok", ending="returned", result=b"1" * 50_000))
+    (told,) = pipe.take()
+    assert isinstance(told, Finished)
+    assert told.failure is not None
+    assert (told.ending, told.failure.exception) == ("raised", "builtins.OSError")
+    assert str(pipe.blobs) in told.failure.message
+    assert list(pipe.blobs.iterdir()) == []
 
 
 @pytest.mark.parametrize("size", [4096, 8192, 65536, 262144])
