@@ -25,7 +25,13 @@ ROOT = Path(__file__).resolve().parent.parent
 APT_FILE = ROOT / "tests" / "apt.txt"
 
 #: Folders by pytest group, in the order they run: cheap ones first.
-FOLDERS = {"unit": "tests/unit", "arch": "tests/arch", "e2e": "tests/e2e", "bench-smoke": "tests/bench"}
+FOLDERS = {
+    "unit": "tests/unit",
+    "arch": "tests/arch",
+    "e2e": "tests/e2e",
+    "chaos": "tests/chaos",
+    "bench-smoke": "tests/bench",
+}
 GROUPS = ("lint", *FOLDERS)
 LINTERS = (("ruff", "check", "."), ("ruff", "format", "--check", "."), ("mypy",))
 

@@ -278,7 +278,7 @@ def test_an_idempotency_key_with_another_body_is_409(tree: Tree) -> None:
 def routes() -> list[str]:
     """Return the paths that the gateway serves, as it registers them."""
     nobody = cast("Any", None)
-    found = [*Api(nobody, nobody).routes(), *SeedRoutes(nobody, nobody).routes()]
+    found = [*Api(nobody, nobody, nobody).routes(), *SeedRoutes(nobody, nobody).routes()]
     return [route.path for route in found]
 
 
