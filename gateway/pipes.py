@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import deque
 from collections.abc import Callable
@@ -17,6 +18,8 @@ from taskkit.errors import RemoteWireError
 from taskkit.wire.codec import unpack_runner_frame
 from taskkit.wire.framing import Frame
 from taskkit.wire.messages import Finished, Order, RunnerSpec
+
+logger = logging.getLogger("bulkhead.gateway")
 
 #: Seconds that a pipe rests when a round found no whole frame in it, first and longest: it stays readable, and
 #: asking again at once would burn a core.
@@ -94,7 +97,12 @@ class Pipes:
         pipes, runner = self._all[id], self._book.runners[id]
         if (pipes.output in ready or runner.exited is not None) and not self._look_at_output(pipes):
             self._poller.rest(pipes.output)  # its last writer has gone
-        frames, size = self._take_in(pipes, runner)
+        try:
+            frames, size = self._take_in(pipes, runner)
+        except OSError as error:  # no descriptor is left to look with; nothing was taken in, nothing is judged
+            logger.error("cannot look at what runner %s has said: %s; trying again", id, error)
+            self._rest(pipes)
+            return 0
         if runner.exited is not None:
             if frames:
                 self._wake()  # there may be more than one round holds

@@ -130,7 +130,7 @@ class Retention:
         while True:
             try:
                 await self.look()
-            except StoreError as error:
+            except (StoreError, OSError) as error:  # OSError: no descriptor is left to look into blobs/ with
                 logger.warning("retention waits for the store: %s", error)
             await trio.sleep(self._settings.every_seconds)
 

@@ -91,7 +91,8 @@ class ZygoteKeeper:
             if self._zygote is not watched:
                 continue  # it has left for one of newer code
             self.last_exit = left
-            self._up = trio.Event()
+            if self._up.is_set():  # after a successor that failed, forks wait for the event that is there
+                self._up = trio.Event()
             delay = self._policy.died(trio.current_time())
             assert delay is not None, "this policy never gives up"
             logger.warning("the zygote died (%s); starting another in %.1f s", self.last_exit, delay)

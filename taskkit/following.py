@@ -44,7 +44,7 @@ class StreamEvent:
     """One event of a run.
 
     Attributes:
-      id: the cursor to continue after it; "1", "2", "3" … per run.
+      id: the cursor to continue after it, opaque; "1", "2", "3" … per run, behind a power cut "e1-1", "e1-2" ….
       type: name of the event; "stream.end" is always the last.
       data: the event's JSON, decoded; the text itself when it is no JSON.
     """

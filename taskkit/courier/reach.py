@@ -22,10 +22,10 @@ CONNECT_TIMEOUT: Final = 5
 #: Seconds to wait for SQLite's lock, at most: its wait cannot be interrupted. Django's own default.
 LOCK_TIMEOUT: Final = 5.0
 
-#: Seconds for one piece of work (100 transitions take 0.1 s, over a line of 50 ms 15 s) before the connection is given
-#: up. Django may connect anew on the way out, for another CONNECT_TIMEOUT: still less than half of the 60 s of silence
-#: after which the supervisor replaces a courier.
-HANG_SECONDS: Final = 20.0
+#: Seconds for one piece of work before the connection is given up: 100 transitions take 0.1 s, over a line of 50 ms
+#: 15 s, and are halved until they fit. Django may connect anew on the way out, for another CONNECT_TIMEOUT: together a
+#: quarter of the 60 s of silence after which the supervisor replaces a courier.
+HANG_SECONDS: Final = 10.0
 
 
 def limit_waiting(alias: str) -> None:

@@ -171,7 +171,7 @@ async def second_supervisor(case: Case, armed: Armed, point: str) -> list[str]:
 
 def _lives(pid: int) -> bool:
     try:
-        return not Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
     except OSError:
         return False
 

@@ -1,7 +1,7 @@
 """Loads one module of a mutated tree without one of its guards. Python imports this by itself at start.
 
-Only where a test has put this folder on PYTHONPATH; BULKHEAD_MUTANT names the mutant. A text that does not occur exactly
-once ends the process: a mutant that does not apply any more must not pass for one that is harmless.
+Only where a test has put this folder on PYTHONPATH; BULKHEAD_MUTANT names the mutant. A text that does not occur
+exactly once ends the process: a mutant that does not apply any more must not pass for one that is harmless.
 """
 
 from __future__ import annotations

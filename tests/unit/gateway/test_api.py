@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from typing import Any
 
@@ -685,3 +686,61 @@ def test_the_best_offer_wins() -> None:
     assert negotiate("a/x;q=0, a/*", offers) == "a/y"
     assert negotiate("c/c", offers) is None
     assert negotiate("a/x;q=nonsense", offers) is None
+
+
+# --- what the store keeps -----------------------------------------------------------------------------------
+
+
+async def test_a_result_that_was_removed_is_gone_and_says_why() -> None:
+    engine = StubEngine()
+    run = engine.start()
+    engine.end(run, result=7)
+    engine.store.rows[run.no].result = None
+    engine.store.rows[run.no].result_expired = True
+    async with client_of(engine) as client:
+        response = await client.get(f"{RUNS}/{run.id}/result")
+        assert response.status_code == 410
+        problem = response.json()
+        assert problem["type"] == "urn:bulkhead:problem:result-expired"
+        assert "RESULT_TTL" in problem["detail"]
+        assert problem["run"] == run.id
+        snapshot = (await client.get(f"{RUNS}/{run.id}")).json()
+        assert (snapshot["status"], snapshot["result"]) == ("SUCCESSFUL", None)
+        assert snapshot["result_expired"] is True
+
+
+async def test_statistics_tell_what_the_store_takes() -> None:
+    async with client_of(StubEngine()) as client:
+        found = (await client.get("/api/v1/stats")).json()
+        assert found["store"] == {
+            "file_bytes": 8192,
+            "wal_bytes": 0,
+            "free_bytes": 0,
+            "event_bytes": 100,
+            "blobs": 0,
+            "blob_bytes": 0,
+            "incremental": True,
+        }
+        assert found["retention"]["passes"] == 0
+
+
+async def test_a_vacuum_needs_an_operator() -> None:
+    engine = StubEngine()
+    path = "/api/v1/vacuum"
+    async with client_of(engine, token(actions=["read", "submit"])) as client:
+        assert (await client.post(path)).status_code == 403
+    async with client_of(engine) as client:
+        assert (await client.post(path, json={"pages": 1})).status_code == 400
+        answer = await client.post(path, json={})
+        assert answer.status_code == 200
+        assert answer.json() == {
+            "freed_bytes": 0,
+            "free_bytes": 0,
+            "file_bytes": 8192,
+            "incremental": True,
+            "seconds": 0.0,
+        }
+        engine.store.upkeep.used = dataclasses.replace(engine.store.upkeep.used, incremental=False)
+        refused = await client.post(path)
+        assert (refused.status_code, refused.json()["type"]) == (409, "urn:bulkhead:problem:not-incremental")
+        assert "VACUUM" in refused.json()["detail"]

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from gateway.dispatch import Queues, Seat, choose, pools_of
+from gateway.dispatch import Queues, Seat, choose, pools_of, sent_home
 from gateway.store.rows import RunRow
 
 
@@ -136,3 +136,103 @@ def test_runs_that_left_do_not_pile_up_behind_one_that_waits() -> None:
 )
 def test_choice_of_a_runner(seats: list[Seat], limit: int, chosen: str | None) -> None:
     assert choose(seats, limit) == chosen
+
+
+# --- tasks that are held, runs that have to be alone
+
+
+def _of(task: str, no: int, *, pool: str = "default", priority: int = 0, suspect: bool = False) -> RunRow:
+    return RunRow(no=no, id=f"run-{no}", task=task, pool=pool, priority=priority, suspect=suspect)
+
+
+def test_runs_of_a_held_task_wait_without_being_in_the_way_and_keep_their_order(rng: random.Random) -> None:
+    queues = Queues()
+    runs = [_of("sick" if no % 2 else "well", no, priority=rng.randint(-2, 2)) for no in range(1, 401)]
+    for run in runs[:200]:
+        queues.add(run, 0.0)
+    queues.hold("sick")
+    for run in runs[200:]:
+        queues.add(run, 0.0)
+    ordered = sorted(runs, key=lambda run: (-run.priority, run.no))
+    assert _drain(queues) == [run.no for run in ordered if run.task == "well"]
+    assert not queues.waits("default", 0.0)
+    assert len(queues) == 200
+    queues.let_go("sick")
+    assert _drain(queues) == [run.no for run in ordered if run.task == "sick"]
+
+
+def test_each_held_run_is_put_aside_once() -> None:
+    """A thousand in front of the one that may go must not be looked at in every round."""
+    queues = Queues()
+    for no in range(1, 1001):
+        queues.add(_of("sick", no, priority=5), 0.0)
+    queues.hold("sick")
+    queues.add(_of("well", 2000), 0.0)
+    assert queues.waits("default", 0.0)
+    assert len(queues._ready["default"]) == 1
+
+
+def test_of_a_task_on_trial_one_run_is_given_out_the_next_in_turn() -> None:
+    queues = Queues()
+    queues.hold("sick")
+    for no, priority in ((1, 0), (2, 9), (3, 0)):
+        queues.add(_of("sick", no, priority=priority), 0.0)
+    queues.add(_of("sick", 4, pool="other"), 0.0)
+    assert queues.take_alone("default", 0.0) is None
+    assert queues.waits("default", 0.0, {"sick"})
+    assert not queues.waits("default", 0.0)
+    queues.remove(2)
+    run = queues.take_alone("default", 0.0, {"sick"})
+    assert run is not None
+    assert run.no == 1
+    assert queues.take("default", 0.0) is None
+    assert pools_of({"default": 1, "other": 1, "empty": 1}, queues, 0.0, {"sick"}) == ["default", "other"]
+
+
+def test_held_runs_that_are_cancelled_do_not_pile_up() -> None:
+    queues = Queues()
+    queues.hold("sick")
+    queues.add(_of("well", 1), 0.0)
+    for no in range(2, 5000):
+        queues.add(_of("sick", no, priority=1), 0.0)
+        queues.waits("default", 0.0)
+        queues.remove(no)
+    assert sum(len(heap) for heap in queues._heaps()) < 500
+    queues.let_go("sick")
+    assert _drain(queues) == [1]
+
+
+def test_suspects_have_a_queue_of_their_own() -> None:
+    queues = Queues()
+    queues.add(_of("t", 1, suspect=True), 0.0)
+    queues.add(_of("t", 2), 0.0)
+    assert queues.waits_alone("default", 0.0)
+    assert _drain(queues) == [2]
+    assert queues.waits("default", 0.0)
+    queues.hold("t")
+    assert queues.take_alone("default", 0.0) is None
+    queues.let_go("t")
+    run = queues.take_alone("default", 0.0)
+    assert run is not None
+    assert run.no == 1
+
+
+def test_whoever_must_be_alone_gets_a_runner_without_any() -> None:
+    busy, free = Seat("a", 1, 4, 9), Seat("b", 0, 4, 9)
+    assert choose([busy, free], 8, alone=True) == "b"
+    assert choose([busy], 8, alone=True) is None
+    assert choose([busy, free], 1, alone=True) is None
+
+
+@pytest.mark.parametrize(
+    ("seats", "size", "chosen"),
+    [
+        ([Seat("a", 2, 4, 9), Seat("b", 1, 4, 9)], 2, "b"),  # all at work: the least loaded makes way
+        ([Seat("a", 2, 4, 9), Seat("b", 0, 4, 9)], 2, None),  # one is free
+        ([Seat("a", 2, 4, 9)], 2, None),  # one is being made
+        ([Seat("a", 2, 4, 9), Seat("b", 1, 4, 0)], 2, None),  # one leaves: another is being made
+        ([], 1, None),
+    ],
+)
+def test_who_makes_way(seats: list[Seat], size: int, chosen: str | None) -> None:
+    assert sent_home(seats, size) == chosen

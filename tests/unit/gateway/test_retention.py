@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,8 +23,12 @@ from gateway.store.removal import (
     SurplusEvents,
     Usage,
 )
+from gateway.store.rows import RunRow
+from gateway.submission import Submission
+from taskkit.errors import IdempotencyConflict, NotWritable
 from taskkit.settings import RetentionSettings, Settings
 from tests.unit.gateway.fakes import MemoryStore
+from tests.unit.gateway.gate import Gate, gate, submission
 
 KEEP = {
     "run_events": 10,
@@ -274,3 +280,38 @@ async def test_there_is_no_rest_while_a_flood_outruns_it(
 
     assert await seconds(1050) > 0.1
     assert await seconds(2000) == 0.0
+
+
+# --- what the engine remembers of what was removed ----------------------------------------------------------
+
+
+async def ended(g: Gate, made: Submission) -> RunRow:
+    """Return a run that has ended, and that Django knows to have."""
+    run, _ = await g.engine.submit(made)
+    run = await g.engine.cancel(run, None)
+    await g.engine.decide(lambda: g.engine.book.told(run.id, run.no, run.version))
+    return run
+
+
+async def test_a_key_that_was_removed_can_be_used_anew(tmp_path: Path) -> None:
+    async with gate(tmp_path) as g:
+        first = await ended(g, submission(key="k", digest=b"one"))
+        removed = await g.store.upkeep.remove(OldKeys(time.time() + 1))
+        assert removed.keys == 1
+        with pytest.raises(IdempotencyConflict):
+            await g.engine.submit(submission(key="k", digest=b"two"))  # a moment ago: it may be on its way
+        g.engine._key_memory = 0.0
+        second, replayed = await g.engine.submit(submission(key="k", digest=b"two"))
+        assert not replayed
+        assert second.id != first.id
+        with pytest.raises(IdempotencyConflict):  # of an open run it counts however old it is
+            await g.engine.submit(submission(key="k", digest=b"three"))
+
+
+async def test_a_run_that_was_removed_a_moment_ago_is_no_answer(tmp_path: Path) -> None:
+    async with gate(tmp_path) as g:
+        made = submission()
+        await ended(g, made)
+        assert (await g.store.upkeep.remove(OldRuns(time.time() + 1))).runs == 1
+        with pytest.raises(NotWritable, match="was removed"):
+            await g.engine.submit(made)
