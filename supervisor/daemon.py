@@ -167,6 +167,8 @@ async def _start_unless_stopped(tree: Tree) -> None:
 
 
 def _become_supervisor() -> None:
+    for number in (signal.SIGHUP, signal.SIGUSR2):  # until they can be heard, they must not end what begins
+        signal.signal(number, signal.SIG_IGN)
     linux.set_subreaper()
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if (

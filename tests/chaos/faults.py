@@ -15,6 +15,9 @@ from typing import Final
 import psutil
 import trio
 
+from taskkit import seqpacket
+from taskkit.wire import codec
+from taskkit.wire.messages import Operation
 from tests.chaos.clients import Clients
 from tests.chaos.django_link import DjangoLink
 from tests.chaos.history import History, Hit
@@ -68,6 +71,9 @@ class Saboteur:
         self._actions: dict[str, Callable[[Fault, list[int]], Awaitable[None]]] = {
             "kill": self._kill,
             "stop": self._stop,
+            "reload": self._reload,
+            "upgrade": self._upgrade,
+            "park": self._park,
             "full-disk": self._full_disk,
             "full-file": self._full_file,
             "full-pipe": self._full_pipe,
@@ -148,6 +154,23 @@ class Saboteur:
         self._load.submit(FLOOD)
         await trio.sleep(0.3)
         await self._stop(fault, victims)
+
+    # --- planned work, which is no fault by itself ---------------------------------------------------------
+
+    async def _reload(self, fault: Fault, victims: list[int]) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(victims[0], signal.SIGHUP)
+
+    async def _upgrade(self, fault: Fault, victims: list[int]) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(victims[0], signal.SIGUSR2)
+
+    async def _park(self, fault: Fault, victims: list[int]) -> None:
+        """Ask for a planned restart of the gateway; whether it comes off is not waited for."""
+        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
+            sock.settimeout(1.0)
+            sock.connect(str(self._world.tree.state_dir / "control.sock"))
+            seqpacket.send(sock, codec.pack(Operation(name="restart-gateway")))
 
     # --- what a process may use ----------------------------------------------------------------------------
 
