@@ -18,26 +18,25 @@ from gateway.endings import (
     among_others,
     ending_of,
     error_of,
-    last_event,
     of_user_code,
     quarantine_of,
-    rfc3339,
     with_limit,
 )
+from gateway.ordering import Ordering
 from gateway.output import Line
+from gateway.plan import Plan
 from gateway.state import After, OpenAttempt, RunnerState
-from gateway.store.rows import AttemptRow, Batch, EventRow, KeyRow, Opened, OutputRow, RunRow
+from gateway.store.rows import AttemptRow, Batch, KeyRow, Opened, RunRow
 from gateway.submission import Submission
+from gateway.untold import Untold
 from taskkit.errors import LifecycleError, UnexpectedMessage
 from taskkit.identifiers import new_token
 from taskkit.lifecycle import Ending, RunEvent, RunStatus, next_run_status, verdict
 from taskkit.settings import Settings
 from taskkit.wire.messages import (
     Assigned,
-    Cancel,
     Cause,
     Created,
-    Deadline,
     Disarm,
     Event,
     Finished,
@@ -46,23 +45,12 @@ from taskkit.wire.messages import (
     Kill,
     Message,
     Progress,
-    Retire,
-    Row,
     RunnerMessage,
     RunnerSpec,
-    Start,
     Started,
     TaskFailure,
 )
 from taskkit.wire.session import AttemptState, Judgement, RunnerSession
-
-#: Seconds that an attempt may take to begin beyond its timeout. The limit is set before `Start`, so that it holds
-#: whoever dies, and set anew when the attempt begins.
-_START_SECONDS: Final = 10.0
-
-
-#: Seconds for a shared runner to leave when its runs have ended, at least.
-_LEAVE_SECONDS: Final = 1.0
 
 #: Why an attempt in a shared process was ended without it.
 _ABANDONED: Final = {
@@ -97,16 +85,15 @@ class Book:
         }
         self.moment = moment
         self._next_no = opened.next_no
-        self._next_pos = opened.next_pos
         self._sources = dict(opened.sources)
         self.runs: dict[int, RunRow] = {}
         self.attempts: dict[str, OpenAttempt] = {}
         self.runners: dict[str, RunnerState] = {}
-        self.untold: OrderedDict[int, RunRow] = OrderedDict()
+        self.untold = Untold()
+        self._plan = Plan(opened.next_pos, self.untold)
+        self._order = Ordering(settings.limits, self._plan)
         self.queues = Queues()
         self.casualties = Casualties(settings.breaker, self.queues, self.runs)
-        self.batch = Batch()
-        self.after = After()
         self.draining = False
         self._by_id: dict[str, int] = {}
         self._by_key: dict[str, int] = {}
@@ -114,10 +101,21 @@ class Book:
         self._ended: OrderedDict[str, None] = OrderedDict()
         self._load(opened, set(adopting), now)
 
+    @property
+    def batch(self) -> Batch:
+        """What the present round commits."""
+        return self._plan.batch
+
+    @property
+    def after(self) -> After:
+        """What is done when that is committed."""
+        return self._plan.after
+
     def _load(self, opened: Opened, adopting: set[str], now: float) -> None:
+        self.untold.more = opened.more_untold
         for run in opened.runs.values():
             if run.version > run.told:
-                self.untold[run.no] = run
+                self.untold.add(run)
             if not run.status.is_terminal:
                 self._remember(run)
         for row in opened.attempts:
@@ -202,7 +200,7 @@ class Book:
         self._next_no += 1
         self._remember(run)
         self.queues.add(run, now)
-        self.untold[run.no] = run
+        self.untold.add(run)
         self.batch.runs.append(run)
         self.batch.full = True
         self.after.accepted.append(run.no)
@@ -226,10 +224,9 @@ class Book:
             if attempt.row.runner == spec.id:
                 self._adopt(runner, attempt)
         if session.seq:  # its Hello is stored, but whether the supervisor heard of it is not known
-            self.after.control.append(Greeted(runner=spec.id))
+            self._plan.tell(Greeted(runner=spec.id))
         if self.draining:  # born while the tree began to stop: nobody else would send it home
-            runner.retiring = True
-            self.after.orders.append((spec.id, Retire()))
+            self._order.retire(runner)
         return runner
 
     def _adopt(self, runner: RunnerState, attempt: OpenAttempt) -> None:
@@ -239,17 +236,17 @@ class Book:
         started = row.started_at is not None
         runner.session.expect(row.token, AttemptState.STARTED if started else AttemptState.ORDERED)
         runner.retiring = runner.retiring or runner.given >= runner.spec.runs
-        self.after.control.append(Assigned(runner=runner.spec.id, last=runner.retiring))
+        self._plan.tell(Assigned(runner=runner.spec.id, last=runner.retiring))
         if started:  # whether the supervisor heard of its limit is not known
-            self._limit_time(run, row, 0.0, at_most=True)
+            self._order.limit_time(run, row, at_most=True)
         else:
-            self._order_start(runner, run, row)
+            self._order.start(run, row, self.memory_limits.get(run.task))
         if run.suspect and runner.shared:
-            self._send_home(runner)
+            self._order.send_home(runner)
         if run.cancelling:
-            self._order_cancel(row, self._settings.limits.cancel_grace_seconds, "cancelled")
+            self._order.cancel(row)
         elif attempt.overdue:
-            self.after.orders.append((row.runner, Cancel(token=row.token, reason="timeout")))
+            self._order.ask_to_stop(row, "timeout")
 
     def runner_exited(self, id: str, cause: Cause) -> None:
         """A runner has died; its pipe is read to the end before its attempts are judged."""
@@ -263,7 +260,7 @@ class Book:
         runner.corrupt = f"the task wrote bytes of its own into its runner's events pipe ({error})"
         runner.session.close()
         runner.retiring = True
-        self.after.control.append(Kill(runner=id, kind="corrupt", detail=runner.corrupt))
+        self._plan.tell(Kill(runner=id, kind="corrupt", detail=runner.corrupt))
 
     def runner_drained(self, id: str, now: float) -> None:
         """A dead runner's pipe holds no further frame: whatever is open on it has ended by its death."""
@@ -313,6 +310,7 @@ class Book:
         """Give waiting runs to free runners."""
         if self.draining:
             return
+        self.queues.wake(self.moment)
         for pool in pools_of(self._limits, self.queues, now, self.casualties.trials(self.moment)):
             while self._claim_alone(pool, now) or self._claim_one(pool, now):
                 pass
@@ -342,30 +340,15 @@ class Book:
         self._assign(runner, run, now)
         self.casualties.claimed(run, self.moment, now, self.batch)
         if runner.shared:  # the others' seats are not given out, and another process takes their place
-            self._send_home(runner)
+            self._order.send_home(runner)
         return True
 
     def _make_way(self, id: str | None) -> None:
         if id is not None:
-            self._send_home(self.runners[id])
+            self._order.send_home(self.runners[id])
 
     def _seats(self, pool: str) -> list[Seat]:
         return [runner.seat for runner in self.runners.values() if runner.spec.pool == pool]
-
-    def _send_home(self, runner: RunnerState) -> None:
-        """A runner gets no further run, and the supervisor makes another one in its place."""
-        runner.retiring = True
-        self.after.orders.append((runner.spec.id, Retire()))
-        self.after.control.append(Assigned(runner=runner.spec.id, last=True))
-        self._see_off(runner)
-
-    def _see_off(self, runner: RunnerState) -> None:
-        """A shared runner whose runs have all ended leaves soon, or is ended: what it still does was abandoned."""
-        if runner.shared and runner.retiring and not runner.tokens and runner.exited is None:
-            grace = max(self._settings.limits.kill_grace_seconds, _LEAVE_SECONDS)
-            self.after.control.append(
-                Deadline(runner=runner.spec.id, token="", kind="abandoned", after=grace, grace=grace)
-            )
 
     def _assign(self, runner: RunnerState, run: RunRow, now: float) -> None:
         row = AttemptRow(
@@ -383,43 +366,8 @@ class Book:
         runner.session.expect(row.token)
         self.batch.attempts.append(row)
         self.batch.full = True
-        self.after.control.append(Assigned(runner=runner.spec.id, last=runner.retiring))
-        self._order_start(runner, run, row)
-
-    def _order_start(self, runner: RunnerState, run: RunRow, row: AttemptRow) -> None:
-        self._limit_time(run, row, _START_SECONDS)
-        start = Start(
-            run=run.id,
-            attempt=row.number,
-            token=row.token,
-            task=run.task,
-            args=run.args,
-            kwargs=run.kwargs,
-            row=None if run.row is None else msgspec.json.decode(run.row, type=Row),
-            max_attempts=run.max_attempts,
-            metadata=run.metadata,
-            memory_limit=self.memory_limits.get(run.task),
-        )
-        self.after.orders.append((runner.spec.id, start))
-
-    def _limit_time(self, run: RunRow, row: AttemptRow, extra: float, *, at_most: bool = False) -> None:
-        """Have the supervisor end the attempt at its timeout; a later limit replaces an earlier one.
-
-        With `at_most` an earlier limit stands: no takeover gives an attempt more time.
-        """
-        if run.timeout is not None:
-            grace = self._settings.limits.kill_grace_seconds
-            after = run.timeout + extra
-            self.after.control.append(
-                Deadline(
-                    runner=row.runner,
-                    token=row.token,
-                    kind="timeout",
-                    after=after,
-                    grace=grace,
-                    at_most=at_most,
-                )
-            )
+        self._plan.tell(Assigned(runner=runner.spec.id, last=runner.retiring))
+        self._order.start(run, row, self.memory_limits.get(run.task))
 
     def _memory_limit(self, attempt: OpenAttempt) -> int | None:
         runner = self.runners.get(attempt.row.runner)
@@ -458,7 +406,7 @@ class Book:
             self.after.created.append(message)
         else:
             assert isinstance(message, Hello)
-            self.after.control.append(Greeted(runner=runner.spec.id))
+            self._plan.tell(Greeted(runner=runner.spec.id))
 
     def _event(self, token: str, type: str, data: bytes, now: float, blob: str | None = None) -> OpenAttempt:
         attempt = self.attempts[token]
@@ -466,47 +414,14 @@ class Book:
             b"\n" in data or b"\r" in data
         ):  # JSON of ours has none; with one, a task could forge events of a stream
             raise UnexpectedMessage("an event's data has a line break")
-        self._append(attempt.run, attempt.row.number, type, data, now, blob)
+        self._plan.append(attempt.run, attempt.row.number, type, data, now, blob)
         return attempt
-
-    def _append(
-        self, run: RunRow, attempt: int, type: str, data: bytes, now: float, blob: str | None = None
-    ) -> None:
-        run.tail += 1
-        self.batch.events.append(EventRow(self._next_pos, run.no, run.tail, attempt, type, data, now, blob))
-        self.batch.changed[run.no] = run
-        self._next_pos += 1
-
-    def _say(self, run: RunRow, type: str, now: float, **data: Any) -> None:
-        """Append an event of the gateway's own."""
-        body = {**data, "_run": run.id, "_attempt": run.attempt, "_timestamp": rfc3339(now)}
-        if run.row is not None:
-            row = msgspec.json.decode(run.row, type=Row)
-            body |= {"_task_id": row.pk, "_app": row.app, "_model": row.model}
-        self._append(run, run.attempt, type, msgspec.json.encode(body), now)
 
     def output(self, token: str, lines: Iterable[Line], now: float) -> None:
         """Keep what an attempt printed; lines of an attempt that is not open are dropped."""
         attempt = self.attempts.get(token)
-        if attempt is None:
-            return
-        run = attempt.run
-        for line in lines:
-            run.lines += 1
-            self.batch.outputs.append(
-                OutputRow(
-                    run.no,
-                    run.lines,
-                    run.tail,
-                    attempt.row.number,
-                    line.stream,
-                    line.text,
-                    now,
-                    line.level,
-                    line.logger,
-                )
-            )
-        self.batch.changed[run.no] = run
+        if attempt is not None:
+            self._plan.output(attempt, lines, now)
 
     def _started(self, message: Started, now: float) -> None:
         attempt = self.attempts[message.token]
@@ -517,9 +432,9 @@ class Book:
         run.counted += 1
         run.started_at = run.started_at or now
         self.batch.changed_attempts.append(row)
-        self._limit_time(run, row, 0.0)
-        self._say(run, "run.started", now, attempt=row.number, runner=row.runner, pid=row.pid)
-        self._changed(run)
+        self._order.limit_time(run, row)
+        self._plan.say(run, "run.started", now, attempt=row.number, runner=row.runner, pid=row.pid)
+        self._plan.changed(run)
 
     def _finished(self, message: Finished, now: float) -> None:
         attempt = self.attempts[message.token]
@@ -557,8 +472,8 @@ class Book:
             runner.session.forget(row.token)
             runner.runs_done += 1
             runner.last_ending = ending.value
-            self._see_off(runner)
-        self.after.control.append(Disarm(runner=row.runner, token=row.token))
+            self._order.see_off(runner)
+        self._plan.tell(Disarm(runner=row.runner, token=row.token))
 
     def _end_attempt(
         self,
@@ -607,41 +522,22 @@ class Book:
     ) -> None:
         run.status = next_run_status(run.status, event)
         run.run_after = now + delay if delay else None
-        self._say(
+        self._plan.say(
             run, "run.retrying", now, attempt=run.attempt, ending=ending.value, delay=delay, error=error
         )
-        self._changed(run)
-        self.queues.add(run, now)
+        self._plan.changed(run)
+        if delay:
+            self.queues.delay(run, self.moment + delay)
+        else:
+            self.queues.add(run, now)
 
     def _end_run(self, run: RunRow, event: RunEvent, now: float, *, error: dict[str, Any] | None) -> None:
         run.status = next_run_status(run.status, event)
         run.finished_at = now
         if run.status is RunStatus.SUCCESSFUL:
             error = None
-        if error is not None:
-            run.error = msgspec.json.encode(error)
-            self._tell_seed_clients(run, error, now)
-        self._say(run, "stream.end", now, **last_event(run, error))
-        self.batch.ends.append(run.no)
-        self._changed(run)
-        self.after.ended.append(run.no)
+        self._plan.end(run, error, now)
         self._forget(run)
-
-    def _tell_seed_clients(self, run: RunRow, error: dict[str, Any], now: float) -> None:
-        """Say in the seed's words that a row's task raised (CONTRACT §2.4)."""
-        if run.row is None or "exception" not in error:
-            return
-        seen = {"message": error["message"], "error_type": error["exception"].rpartition(".")[2]}
-        # The seed's clients listen for `error`; browsers raise an event of that name themselves.
-        self._say(run, "error", now, **seen)
-        self._say(run, "task_error", now, **seen)
-
-    def _changed(self, run: RunRow) -> None:
-        run.version += 1
-        self.batch.changed[run.no] = run
-        self.batch.full = True
-        self.untold[run.no] = run
-        self.untold.move_to_end(run.no)
 
     # --- cancelling and stopping ---------------------------------------------------------------------------
 
@@ -659,16 +555,9 @@ class Book:
             return
         if not run.cancelling:
             run.cancelling = True
-            self._say(run, "run.cancelling", now, grace=grace)
-            self._changed(run)
-        self._order_cancel(attempt.row, grace, "cancelled")
-
-    def _order_cancel(self, row: AttemptRow, grace: float, reason: str) -> None:
-        kill = self._settings.limits.kill_grace_seconds
-        self.after.control.append(
-            Deadline(runner=row.runner, token=row.token, kind="cancelled", after=grace, grace=kill)
-        )
-        self.after.orders.append((row.runner, Cancel(token=row.token, reason=reason)))
+            self._plan.say(run, "run.cancelling", now, grace=grace)
+            self._plan.changed(run)
+        self._order.cancel(attempt.row, grace)
 
     def expired(self, runner: str, token: str, kind: str, now: float) -> None:
         """The deadline of an attempt in a shared process has passed; said again until it has ended.
@@ -678,12 +567,12 @@ class Book:
         """
         attempt = self.attempts.get(token)
         if attempt is None:
-            self.after.control.append(Disarm(runner=runner, token=token))
+            self._plan.tell(Disarm(runner=runner, token=token))
         elif kind == "timeout" and attempt.row.started_at is not None and not attempt.overdue:
             cause = Cause(kind=kind, detail="the attempt exceeded its timeout and was asked to stop")
             attempt.row.cause = msgspec.json.encode(cause)
             self.batch.changed_attempts.append(attempt.row)
-            self.after.orders.append((runner, Cancel(token=token, reason=kind)))
+            self._order.ask_to_stop(attempt.row, kind)
         else:
             self._abandon(attempt, kind, now)
 
@@ -694,25 +583,17 @@ class Book:
         cause = Cause(
             kind=kind, detail=f"{_ABANDONED[kind]}; other runs share its process, so it was abandoned"
         )
-        runner.abandoned += 1
-        self._send_home(runner)
-        # It may not have begun: then it is cancelled when it does, or does not hear of it at all.
-        self.after.orders = [
-            (id, order)
-            for id, order in self.after.orders
-            if not (isinstance(order, Start) and order.token == attempt.row.token)
-        ]
-        self.after.orders.append((runner.spec.id, Cancel(token=attempt.row.token, reason=kind)))
+        self._order.abandon(runner, attempt.row, kind)
         self._runner_lost_attempt(attempt, cause, now)
 
     def end_runner(self, id: str, kind: str, detail: str) -> None:
         """End a runner now. Its runs are lost, and put back as their `on_lost` says."""
         self.runners[id].retiring = True
-        self.after.control.append(Kill(runner=id, kind=kind, detail=detail))
+        self._plan.tell(Kill(runner=id, kind=kind, detail=detail))
 
     def drain_runner(self, id: str) -> None:
         """Have a runner finish what it has and leave; another one takes its place."""
-        self._send_home(self.runners[id])
+        self._order.send_home(self.runners[id])
 
     def reset(self, task: str, now: float) -> bool:
         """Let the runs of a held task go; return whether it was held."""
@@ -723,23 +604,20 @@ class Book:
         self.draining = True
         for attempt in self.attempts.values():
             attempt.stopping = True
-            self.after.orders.append((attempt.row.runner, Cancel(token=attempt.row.token, reason="stopping")))
+            self._order.ask_to_stop(attempt.row, "stopping")
         for runner in self.runners.values():
-            runner.retiring = True
-            self.after.orders.append((runner.spec.id, Retire()))
+            self._order.retire(runner)
 
     def retire(self, runners: Iterable[str]) -> None:
         """These runners get no further run: they finish what they have, then leave."""
         for id in runners:
             runner = self.runners.get(id)
             if runner is not None:
-                runner.retiring = True
-                self.after.orders.append((id, Retire()))
-                self._see_off(runner)
+                self._order.retire(runner)
 
     def say(self, message: Message) -> None:
         """Tell the supervisor when what was decided before is committed."""
-        self.after.control.append(message)
+        self._plan.tell(message)
 
     def told(self, id: str, no: int, version: int) -> None:
         """Django has version `version` of a run."""
@@ -749,12 +627,10 @@ class Book:
         run.told = max(run.told, version)
         self.batch.told[no] = run.told
         if run.told >= run.version:
-            del self.untold[no]
+            self.untold.told(no)
 
     # --- rounds --------------------------------------------------------------------------------------------
 
     def take(self) -> tuple[Batch, After]:
         """Return what this round has planned, and begin the next plan."""
-        planned = self.batch, self.after
-        self.batch, self.after = Batch(), After()
-        return planned
+        return self._plan.take()

@@ -1,6 +1,6 @@
 """Which waiting run goes to which runner. Pure: decides, changes nothing but its own queues.
 
-Time is Unix seconds here, as `run_after` is a wall-clock wish of people.
+Time is Unix seconds here, as `run_after` is a wall-clock wish of people; moments are monotonic seconds.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ class Queues:
     _suspects: dict[str, _Heap] = field(default_factory=dict)
     _held: dict[str, dict[str, _Heap]] = field(default_factory=dict)  # by task and pool
     _later: list[tuple[float, int]] = field(default_factory=list)
+    _delayed: list[tuple[float, int]] = field(default_factory=list)
     _waiting: dict[int, RunRow] = field(default_factory=dict)
     _left: int = 0  # entries of runs that left, at most
 
@@ -54,6 +55,16 @@ class Queues:
         else:
             self._push(run)
 
+    def delay(self, run: RunRow, until: float) -> None:
+        """A run waits until `wake` is told of that moment (monotonic): no clock that people set makes it later."""
+        if run.no not in self._waiting:
+            self._waiting[run.no] = run
+            heapq.heappush(self._delayed, (until, run.no))
+
+    def wake(self, moment: float) -> None:
+        """It is that moment now."""
+        self._ripen(self._delayed, moment)
+
     def _push(self, run: RunRow) -> None:
         heaps = self._suspects if run.suspect else self._ready
         heapq.heappush(heaps.setdefault(run.pool, []), (-run.priority, run.no))
@@ -70,7 +81,9 @@ class Queues:
         """Forget the entries of runs that left: submitted and cancelled behind one that waits, they would pile up."""
         self._left = 0
         self._later = [entry for entry in self._later if entry[1] in self._waiting]
+        self._delayed = [entry for entry in self._delayed if entry[1] in self._waiting]
         heapq.heapify(self._later)
+        heapq.heapify(self._delayed)
         for heap in self._heaps():
             heap[:] = [entry for entry in heap if entry[1] in self._waiting]
             heapq.heapify(heap)
@@ -94,14 +107,21 @@ class Queues:
     # --- giving out -----------------------------------------------------------------------------------------
 
     def next_due(self) -> float | None:
-        """Return when the next waiting run's time comes."""
-        while self._later and self._later[0][1] not in self._waiting:
-            heapq.heappop(self._later)
-        return self._later[0][0] if self._later else None
+        """Return when the next waiting run's time comes (Unix seconds)."""
+        return self._first(self._later)
 
-    def _ripen(self, now: float) -> None:
-        while self._later and self._later[0][0] <= now:
-            _, no = heapq.heappop(self._later)
+    def next_delayed(self) -> float | None:
+        """Return the moment to which the next run is delayed."""
+        return self._first(self._delayed)
+
+    def _first(self, heap: list[tuple[float, int]]) -> float | None:
+        while heap and heap[0][1] not in self._waiting:
+            heapq.heappop(heap)
+        return heap[0][0] if heap else None
+
+    def _ripen(self, heap: list[tuple[float, int]], time: float) -> None:
+        while heap and heap[0][0] <= time:
+            _, no = heapq.heappop(heap)
             run = self._waiting.get(no)
             if run is not None:
                 self._push(run)
@@ -120,7 +140,7 @@ class Queues:
 
     def take(self, pool: str, now: float) -> RunRow | None:
         """Take out the run of this pool whose turn it is, of those that can share a process."""
-        self._ripen(now)
+        self._ripen(self._later, now)
         return self._pop(self._settle(self._ready.get(pool, []), pool))
 
     def take_alone(self, pool: str, now: float, trials: Collection[str] = ()) -> RunRow | None:
@@ -128,7 +148,7 @@ class Queues:
 
         Their turn is before the others': a suspect has been started before, and of a task one run is tried.
         """
-        self._ripen(now)
+        self._ripen(self._later, now)
         return self._pop(min(self._alone(pool, trials), default=[]))
 
     def _alone(self, pool: str, trials: Collection[str]) -> list[_Heap]:
@@ -155,7 +175,7 @@ class Queues:
 
     def waits_alone(self, pool: str, now: float, trials: Collection[str] = ()) -> bool:
         """Whether `take_alone` would return a run."""
-        self._ripen(now)
+        self._ripen(self._later, now)
         return bool(self._alone(pool, trials))
 
 

@@ -436,9 +436,8 @@ class Engine:
         if due is not None:
             # A wall clock may step: look at least once a second while a run waits for its time.
             waits.append(min(due - time.time(), 1.0))
-        trial = self.book.casualties.next_trial(self.book.moment)
-        if trial is not None:
-            waits.append(trial - trio.current_time())
+        moments = (self.book.queues.next_delayed(), self.book.casualties.next_trial(self.book.moment))
+        waits += [moment - trio.current_time() for moment in moments if moment is not None]
         return max(0.0, min(waits, default=_LONGEST_SLEEP))
 
     async def _round(self) -> None:

@@ -38,6 +38,9 @@ logger = logging.getLogger("bulkhead.gateway")
 #: Transitions that may be unanswered. The courier writes up to 100 in one transaction.
 _WINDOW: Final = 100
 
+#: Runs read at once of those that there was no memory for.
+_PAGE: Final = 500
+
 #: Seconds for an answer about a row.
 _ASK_SECONDS: Final = 5.0
 
@@ -52,6 +55,7 @@ class CourierLink:
         self._channel: Channel[Incoming] | None = None
         self._sent: dict[int, int] = {}  # version by run number, unanswered
         self._numbers: dict[str, int] = {}  # number by run id, of those
+        self._refilling = False
         self._asked: dict[str, tuple[trio.Event, list[Answer]]] = {}
 
     @property
@@ -71,6 +75,7 @@ class CourierLink:
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(channel.run)
+                self._refill(nursery)
                 await self._listen(channel, nursery)
                 nursery.cancel_scope.cancel()
         finally:
@@ -93,6 +98,7 @@ class CourierLink:
                 nursery.start_soon(self._submit, channel, message)
             elif isinstance(message, Told):
                 self._told(message)
+                self._refill(nursery)
             elif isinstance(message, Recall):
                 nursery.start_soon(self._recall, channel, message)
             elif (waiting := self._asked.get(message.ask)) is not None:
@@ -151,6 +157,28 @@ class CourierLink:
             self._sent.pop(no, None)
             del self._numbers[message.run]
         self._engine.book.told(message.run, no, message.version)
+        self._engine.wake()
+
+    def _refill(self, nursery: trio.Nursery) -> None:
+        """Have more read from the store when so many have been told that there is room for them."""
+        if self._engine.book.untold.has_room and not self._refilling:
+            self._refilling = True
+            nursery.start_soon(self._read_untold)
+
+    async def _read_untold(self) -> None:
+        book, store = self._engine.book, self._engine.store
+        after, complete = 0, False
+        try:
+            while book.untold.has_room and not complete:
+                rows = await store.untold(after, _PAGE)
+                complete = len(rows) < _PAGE
+                # An open run is the book's own: the row would be a second one that does not change with it.
+                book.untold.recall([book.find(row.id) or row for row in rows], complete=complete)
+                after = rows[-1].no if rows else after
+        except StoreError as error:
+            logger.warning("what Django has not been told waits for the store: %s", error)
+        finally:
+            self._refilling = False
         self._engine.wake()
 
     async def _recall(self, channel: Channel[Incoming], message: Recall) -> None:

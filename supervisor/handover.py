@@ -73,7 +73,7 @@ class HeldRunner(Struct, frozen=True):
 
 
 class HandOver(Struct, frozen=True, kw_only=True):
-    """Everything. `deadlines` hold readings of CLOCK_BOOTTIME, which is the same for both images."""
+    """Everything. `deadlines` hold readings of CLOCK_BOOTTIME, the same for both images; `notes` are the gateway's."""
 
     mark: str
     lock: int
@@ -88,6 +88,7 @@ class HandOver(Struct, frozen=True, kw_only=True):
     runners: list[HeldRunner]
     deadlines: list[tuple[float, Due]]
     stalled: bool
+    notes: list[str] = []
 
     def descriptors(self) -> Iterator[int]:
         """Yield every descriptor that has to survive."""

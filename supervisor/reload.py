@@ -87,6 +87,7 @@ class Reload:
         self._asks = 0
         self._answer = trio.Event()
         self.is_running = False
+        self._switched = False
         self.failure = ""
         self.note = ""
 
@@ -99,12 +100,13 @@ class Reload:
         """Reload; return what went wrong, or "" when the next run is performed by the new code."""
         if self.is_running:
             return "a reload is under way already"
-        self.is_running = True
+        self.is_running, self._switched = True, False
         try:
             await self._run()
         except (NeverReady, SettingsError, OSError) as error:
-            self.failure = str(error)
-            logger.error("reload: %s; the code before serves on", error)
+            outcome = "the new code serves all the same" if self._switched else "the code before serves on"
+            self.failure = f"{error}; {outcome}"
+            logger.error("reload: %s", self.failure)
         else:
             self.failure = ""
             logger.info("reload: the new code serves")
@@ -121,6 +123,7 @@ class Reload:
             accepted.append(self._resolve(ready))
 
         await parts.zygote.reload(accept)
+        self._switched = True
         failpoints.hit("reload.switched")
         settings = self._keep_fixed(accepted[0])
         changed = settings != self._settings or hosts != parts.zygote.ready.allowed_hosts

@@ -283,6 +283,7 @@ class Tree:
             runners=[runner.hold() for runner in self._runners.all.values()],
             deadlines=self._endings.held(),
             stalled=self._endings.stalled,
+            notes=self._gateway_notes,
         )
 
     def _keep(self, kept: HandOver) -> None:
@@ -290,6 +291,7 @@ class Tree:
         self._gateway.keep(kept.gateway)
         self._runners.keep(kept.runners)
         self._endings.keep(kept.deadlines, stalled=kept.stalled)
+        self._gateway_notes = kept.notes
         if kept.courier is not None:
             self._courier.keep(kept.courier)
 
@@ -415,7 +417,7 @@ class Tree:
         if self._reload.is_running:
             yield "reload: the project's code is being loaded"
         if self._reload.failure:
-            yield f"reload: {self._reload.failure}; the code before serves on"
+            yield f"reload: {self._reload.failure}"
         if self._reload.note:
             yield f"settings: {self._reload.note}"
         yield from self._pools.notes()

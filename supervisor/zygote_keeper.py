@@ -138,8 +138,8 @@ class ZygoteKeeper:
         """
         async with self._making:
             zygote, ready = await self._make()
-            failpoints.hit("reload.ready")
             try:
+                failpoints.hit("reload.ready")
                 accept(ready)
             except BaseException:
                 self._dismiss(zygote)

@@ -19,6 +19,7 @@ from typing import Any, Final
 
 from gateway.store.rows import (
     MAX_QUARANTINED,
+    MAX_UNTOLD,
     AttemptRow,
     EventRow,
     KeyRow,
@@ -75,21 +76,27 @@ def _one_run(connection: sqlite3.Connection, rest: str, value: str) -> RunRow | 
 
 def opened(connection: sqlite3.Connection) -> Opened:
     """Return what a gateway has to know before its first round."""
-    runs = connection.execute(
+    found = connection.execute(
         f"""SELECT {_RUN} FROM run WHERE no IN (
             SELECT no FROM run WHERE status IN ('READY', 'RUNNING')
-            UNION SELECT no FROM run WHERE version > told
-        ) ORDER BY no"""
+            UNION SELECT no FROM (
+                SELECT no FROM run WHERE version > told AND status NOT IN ('READY', 'RUNNING') ORDER BY no LIMIT ?
+            )
+        ) ORDER BY no""",
+        (MAX_UNTOLD,),
     )
+    runs = {run.no: run for run in map(_run, found)}
+    ended = sum(run.status.is_terminal for run in runs.values())
     attempts = connection.execute(f"SELECT {_ATTEMPT} FROM attempt WHERE ending IS NULL ORDER BY run, number")
     return Opened(
-        runs={run.no: run for run in map(_run, runs)},
+        runs=runs,
         attempts=[_attempt(values) for values in attempts],
         sources=dict(connection.execute("SELECT runner, seq FROM source")),
         next_no=_next(connection, "run"),
         next_pos=_next(connection, "event"),
         breakers=dict(connection.execute("SELECT task, record FROM breaker")),
         quarantined=_quarantined(connection),
+        more_untold=ended == MAX_UNTOLD,
     )
 
 

@@ -1,8 +1,8 @@
 """The SQL of one slice of retention, inside the writer's transaction.
 
-Everything here blocks, on the writer's thread: commits wait meanwhile. So a slice touches at most SLICE_ROWS rows of a table,
-which takes about 0.4 ms (measured: 1.6 µs per event; in slices of 1,000 it is 1.5, but commits wait four times as
-long).
+Everything here blocks, on the writer's thread: commits wait meanwhile. So a slice touches at most SLICE_ROWS rows of a
+table, which takes about 0.4 ms (measured: 1.6 µs per event; in slices of 1,000 it is 1.5, but commits wait four times
+as long).
 """
 
 from __future__ import annotations

@@ -161,6 +161,10 @@ class KeyRow:
     created_at: float
 
 
+#: Ended runs kept in memory because Django has not been told of them: 2 KB each without arguments and result. The
+#: courier writes 100 in a transaction.
+MAX_UNTOLD = 5_000
+
 #: Quarantined runs that are told of, the newest ones: of a bad deployment's thousands nobody reads a list.
 MAX_QUARANTINED = 100
 
@@ -230,7 +234,8 @@ class Opened:
     """What a gateway finds in the store when it opens it.
 
     Attributes:
-      runs: READY and RUNNING runs by number, and ended ones that Django has not been told of.
+      runs: READY and RUNNING runs by number, and at most MAX_UNTOLD ended ones that Django has not been told of.
+      more_untold: there are more of those.
       attempts: open attempts (no ending).
       sources: newest stored frame number by runner.
       next_no, next_pos: first free numbers.
@@ -245,6 +250,7 @@ class Opened:
     next_pos: int
     breakers: dict[str, bytes] = field(default_factory=dict)
     quarantined: list[QuarantinedRow] = field(default_factory=list)
+    more_untold: bool = False
 
 
 @dataclass(slots=True, kw_only=True)

@@ -90,7 +90,8 @@ def _retrying(data: Mapping[str, Any]) -> str:
     attempt, ending = data.get("attempt", "?"), str(data.get("ending", "ended"))
     error, delay = data.get("error"), data.get("delay")
     again = f"again in {_delay(delay)}" if isinstance(delay, int | float) and delay > 0 else "it runs again"
-    if ending == "lost":
+    cause = error.get("cause") if isinstance(error, dict) else None
+    if ending == "lost" and (cause or {}).get("kind", "lost") in ("lost", "stopped"):
         return f"attempt {attempt} lost (the tree was stopped or died); {again}"
     reason = f" {exception_line(error)}" if isinstance(error, dict) else ""
     separator = "" if ending == "raised" or not reason else ":"

@@ -72,7 +72,7 @@ def test_an_unknown_name_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as left:
         command.main(["nothing"])
     assert left.value.code == 2
-    assert "there are events, start" in capsys.readouterr().err
+    assert "there are events, retention, start" in capsys.readouterr().err
 
 
 def test_json_has_every_figure(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,7 +8,7 @@ import random
 import sqlite3
 import uuid
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final
@@ -234,9 +234,9 @@ class Case:
         answered = await self.until(lambda: not self._under_way, seconds, "every submission is answered")
         if not answered or not await self.until(self._all_read, seconds, "every client has reached the end"):
             return
-        runs = [it.run for it in self.history.submissions if it.run is not None]
-        for run in runs:
-            self.clients.read(run, "pages")
+        runs = {it.run: it.scale > 1 for it in self.history.submissions if it.run is not None}
+        for run, large in runs.items():  # a page of large events has only one, and then comes a pause
+            self.clients.read(run, "plain" if large else "pages")
         await self.until(self._all_read, seconds, "every run can be read again")
         await self.until(
             lambda: self._told(runs), min(seconds, _PROJECT_SECONDS), "Django has heard of every end"
@@ -246,13 +246,13 @@ class Case:
     def _all_read(self) -> bool:
         return all(watch.ended or watch.problems for watch in self.history.watches)
 
-    def _told(self, runs: list[str]) -> bool:
+    def _told(self, runs: Collection[str]) -> bool:
         self.history.projected = {
             run: state for run, state in read_projection(self.armed.database).items() if run in runs
         }
         return all(self.history.projected.get(run) in TERMINAL for run in runs)
 
-    async def _look_at_states(self, runs: list[str]) -> None:
+    async def _look_at_states(self, runs: Collection[str]) -> None:
         for run in runs:
             for _ in range(50):
                 status, snapshot = await self.ask("GET", f"/api/v1/runs/{run}")

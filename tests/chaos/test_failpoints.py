@@ -17,7 +17,7 @@ from tests.chaos.arming import Armed, signal_process, wait_until_stopped
 from tests.chaos.scenario import Case
 
 #: Seconds after which the test lets a stopped process go on, if nobody else has to deal with it.
-STOPPED_SECONDS: Final = 0.8
+STOPPED_SECONDS: Final = 0.6
 
 #: What makes a process pass a moment that ordinary work does not lead to.
 TRIGGERS: Final = {

@@ -249,6 +249,14 @@ def test_every_mutant_has_its_trial() -> None:
 
 
 @pytest.mark.parametrize("name", MUTANTS)
+def test_a_mutant_fits(name: str) -> None:
+    """So that a guard that was moved is found in a moment, and not by a tree that does not start."""
+    for change in MUTANTS[name]:
+        source = (helpers.ROOT / change.module.replace(".", "/")).with_suffix(".py").read_text()
+        assert source.count(change.old) == 1, f"{change.module}: {change.old!r}"
+
+
+@pytest.mark.parametrize("name", MUTANTS)
 async def test_the_judge_misses_no_guard(guarded: Armed, name: str) -> None:
     trial = TRIALS[name]
     began = time.monotonic()

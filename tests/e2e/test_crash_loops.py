@@ -19,6 +19,7 @@ PAUSE = 4.0
 
 POOLS = {
     "default": {"runners": 2},
+    "capped": {"runners": 1, "cpu_limit": 1},
     "shared": {"runners": 8, "concurrency": 8, "runs": 1000, "nice": 0},
 }
 BREAKER = {"crashes": 5, "period": 60.0, "pause": PAUSE, "longest_pause": 60.0}
@@ -232,6 +233,17 @@ def test_a_cancelled_run_that_does_not_stop_leaves_its_neighbours_alone(tree: Tr
     snapshot = tree.wait(neighbour, 20)
     assert (snapshot["status"], endings(snapshot)) == ("SUCCESSFUL", ["returned"])
     eventually(lambda: not psutil.pid_exists(pid), 10, "the end of its process")
+
+
+# -- limits
+
+
+def test_a_task_that_ignores_the_signal_of_its_cpu_limit_is_known_by_it_all_the_same(tree: Tree) -> None:
+    run = submit(tree, "proj.spin_on", kwargs={"seconds": 60}, pool="capped")
+    snapshot = tree.wait(run, 60)
+    assert (snapshot["status"], endings(snapshot)) == ("FAILED", ["crashed"])
+    cause = snapshot["error"]["cause"]
+    assert (cause["kind"], cause["signal"]) == ("cpu_limit", "SIGKILL")
 
 
 # -- the operator

@@ -245,3 +245,10 @@ async def astubborn(seconds: float = 60.0) -> str:
     with anyio.CancelScope(shield=True):
         await anyio.sleep(seconds)
     return "slept"
+
+
+@task
+def spin_on(seconds: float) -> None:
+    """Burn a core, whatever the kernel says about it."""
+    signal.signal(signal.SIGXCPU, signal.SIG_IGN)
+    spin(seconds)

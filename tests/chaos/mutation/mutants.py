@@ -148,8 +148,8 @@ MUTANTS: Final[Mapping[str, tuple[Change, ...]]] = {
     "Start not repeated": (
         Change(
             "gateway.book",
-            "            self._order_start(runner, run, row)\n        if run",
-            "            pass\n        if run",
+            "        else:\n            self._order.start(run, row,",
+            "        elif run.no < 0:\n            self._order.start(run, row,",
         ),
     ),
     # What the runners of a dead supervisor had begun is left open.

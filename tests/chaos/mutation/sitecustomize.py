@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from types import CodeType, ModuleType
 
-from mutants import MUTANTS, Change  # type: ignore[import-not-found, unused-ignore]  # beside this file
+from tests.chaos.mutation.mutants import MUTANTS, Change
 
 
 class _Loader(importlib.machinery.SourceFileLoader):

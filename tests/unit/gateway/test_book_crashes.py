@@ -40,6 +40,10 @@ SETTINGS = Settings(
 SEGV = Cause(kind="signal", signal="SIGSEGV", detail="the process died of SIGSEGV")
 
 
+def shared_spec(id: str) -> RunnerSpec:
+    return RunnerSpec(id=id, pool="shared", concurrency=4, runs=100)
+
+
 class Tree:
     """A book with runners that are played by hand; every round is committed."""
 
@@ -63,8 +67,8 @@ class Tree:
         """Return a new runner that has said hello."""
         self.made += 1
         id = f"r{self.made}"
-        shared = {"concurrency": 4, "runs": 100} if pool == "shared" else {}
-        self.book.runner_up(RunnerSpec(id=id, pool=pool, **shared), self.made, 0.0, adopted=False)
+        spec = shared_spec(id) if pool == "shared" else RunnerSpec(id=id, pool=pool)
+        self.book.runner_up(spec, self.made, 0.0, adopted=False)
         self.say(id, Hello(runner=id, pid=self.made))
         return id
 
@@ -350,9 +354,7 @@ def test_an_adopted_suspect_stays_alone() -> None:
     alone = tree.runner("shared")
     tree.begin(runs[0])
     later = Tree(tree.store, (alone,))
-    runner = later.book.runner_up(
-        RunnerSpec(id=alone, pool="shared", concurrency=4, runs=100), 1, 0.0, adopted=True
-    )
+    runner = later.book.runner_up(shared_spec(alone), 1, 0.0, adopted=True)
     later.accept(pool="shared", name="t.other")
     later.round()
     assert len(runner.tokens) == 1
@@ -390,13 +392,12 @@ def test_an_overdue_attempt_is_asked_to_stop_and_its_end_is_a_timeout() -> None:
     tree.book.expired(id, token, "timeout", 6.0)
     tree.round()
     assert tree.orders == [(id, Cancel(token=token, reason="timeout"))]
-    assert run.status is RunStatus.RUNNING
+    assert [run.status, other.status] == [RunStatus.RUNNING] * 2
     tree.say(id, Finished(token=token, ending="cancelled"))
     tree.round()
-    assert run.status is RunStatus.FAILED
+    assert [run.status, other.status] == [RunStatus.FAILED, RunStatus.RUNNING]
     error = last_event(tree, run)[1]["error"]
     assert (error["code"], error["cause"]["kind"]) == ("timed_out", "timeout")
-    assert other.status is RunStatus.RUNNING
     assert not tree.book.runners[id].retiring
 
 
@@ -407,7 +408,7 @@ def test_the_next_gateway_knows_that_it_was_asked() -> None:
     tree.book.expired(id, token, "timeout", 6.0)
     tree.round()
     later = Tree(tree.store, (id,))
-    later.book.runner_up(RunnerSpec(id=id, pool="shared", concurrency=4, runs=100), 1, 0.0, adopted=True)
+    later.book.runner_up(shared_spec(id), 1, 0.0, adopted=True)
     later.seqs[id] = tree.seqs[id]
     later.round()
     assert (id, Cancel(token=token, reason="timeout")) in later.orders

@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from gateway.endings import ending_of, error_of, last_event, rfc3339
+from gateway.endings import ending_of, error_of, last_event, quarantine_of, rfc3339, with_limit
 from gateway.store.rows import RunRow
 from taskkit.lifecycle import Ending, RunStatus
 from taskkit.wire.messages import Cause, TaskFailure
@@ -32,6 +32,7 @@ from taskkit.wire.messages import Cause, TaskFailure
         ("stopped", Ending.LOST),
         ("boot", Ending.LOST),
         ("lost", Ending.LOST),
+        ("abandoned", Ending.LOST),
     ],
 )
 def test_every_cause_of_death_ends_an_attempt_in_its_way(kind: str, ending: Ending) -> None:
@@ -51,6 +52,34 @@ def test_an_error_has_the_words_of_the_exception() -> None:
 def test_an_exception_without_words_is_named_by_its_class() -> None:
     error = error_of(Ending.RAISED, None, TaskFailure(exception="builtins.ValueError"))
     assert error["message"] == "builtins.ValueError"
+
+
+@pytest.mark.parametrize(
+    ("exception", "limit", "message"),
+    [
+        (
+            "builtins.MemoryError",
+            4096,
+            "no; the limit is 4096 bytes of address space (memory_limit, RLIMIT_AS)",
+        ),
+        ("numpy._core._exceptions._ArrayMemoryError", 4096, "no; the limit is 4096 bytes"),
+        ("builtins.MemoryError", None, "no"),
+        ("builtins.ValueError", 4096, "no"),
+    ],
+)
+def test_want_of_memory_tells_the_limit(exception: str, limit: int | None, message: str) -> None:
+    failure = with_limit(TaskFailure(exception=exception, message="no"), limit)
+    assert failure is not None
+    assert failure.message.startswith(message)
+    assert with_limit(None, limit) is None
+
+
+def test_a_quarantine_says_what_to_do_and_keeps_the_cause() -> None:
+    run = RunRow(no=1, id="run-1", task="t", crashes=3)
+    error = quarantine_of(error_of(Ending.CRASHED, Cause(kind="signal", detail="it died"), None), run)
+    assert (error["code"], error["crashes"], error["cause"]["kind"]) == ("quarantined", 3, "signal")
+    assert "it has killed 3 runners, the last time: it died" in error["message"]
+    assert "`bulkhead release run-1`" in error["message"]
 
 
 def test_an_error_tells_the_cause_of_death() -> None:

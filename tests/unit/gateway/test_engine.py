@@ -21,7 +21,7 @@ from gateway.submission import Submission
 from taskkit.errors import IdempotencyConflict, LifecycleError, NotWritable, QueueFull
 from taskkit.identifiers import new_run_id
 from taskkit.lifecycle import RunStatus
-from taskkit.settings import LimitSettings, Settings
+from taskkit.settings import BreakerSettings, LimitSettings, Settings
 from taskkit.wire.messages import (
     Assigned,
     Cancel,
@@ -31,6 +31,7 @@ from taskkit.wire.messages import (
     Event,
     Finished,
     Kill,
+    Notes,
     Progress,
     Retire,
     Row,
@@ -759,3 +760,48 @@ async def test_an_idle_engine_sleeps(tmp_path: Path, runners: Any) -> None:
 
 def test_the_settings_of_these_tests_have_the_pools_they_name() -> None:
     assert set(SETTINGS.all_pools) == {"default", "shared"}
+
+
+# --- tasks that keep crashing
+
+
+async def test_a_tripped_task_is_noted_and_tried_without_being_asked(tmp_path: Path, runners: Any) -> None:
+    breaker = BreakerSettings(crashes=1, pause=0.3)
+    async with gate(tmp_path, settings=SETTINGS.replace(breaker=breaker)) as g:
+        await g.engine.flush()
+        assert g.of(Notes) == [Notes(notes=[])], "the supervisor may know of an older gateway's"
+        victim = _up(g, runners())
+        run, _ = await g.ran(victim)
+        waiting = await g.submit()
+        free = _up(g, runners("r2"))
+        victim.die(g.engine, signal="SIGSEGV", detail="it died of SIGSEGV")
+        assert (await g.ended(run)).status is RunStatus.FAILED
+        await g.until(lambda: len(g.of(Notes)) > 1)
+        (note,) = g.of(Notes)[-1].notes
+        assert "task t.f is held back" in note
+        (held,) = g.engine.statistics()["held"]
+        assert held["task"] == "t.f"
+        token = await free.started()  # nobody has woken the engine: the pause is over
+        free.finish(token)
+        assert (await g.ended(waiting)).status is RunStatus.SUCCESSFUL
+        await g.until(lambda: g.of(Notes)[-1].notes == [])
+
+
+async def test_an_operator_resets_a_task_and_ends_runners(tmp_path: Path, runners: Any) -> None:
+    breaker = BreakerSettings(crashes=1, pause=60.0)
+    async with gate(tmp_path, settings=SETTINGS.replace(breaker=breaker)) as g:
+        victim = _up(g, runners())
+        run, _ = await g.ran(victim)
+        victim.die(g.engine)
+        await g.ended(run)
+        waiting, free = await g.submit(), _up(g, runners("r2"))
+        assert await g.engine.reset_task("t.f")
+        assert not await g.engine.reset_task("t.f")
+        await free.started()
+        await g.until(lambda: waiting.status is RunStatus.RUNNING)
+        assert await g.engine.end_runner("r2", now=True)
+        assert not await g.engine.end_runner("nobody", now=True)
+        await g.until(lambda: Kill(runner="r2", kind="operator") in g.told)
+        other = _up(g, runners("r3"))
+        assert await g.engine.end_runner("r3", now=False)
+        await other.ordered(Retire)

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import pytest
 import trio
 
+from gateway import link
 from gateway.link import transition_of
 from gateway.store.rows import RunRow
 from taskkit import linux, seqpacket
@@ -292,3 +293,26 @@ async def test_what_django_holds_to_be_open_is_put_right(tmp_path: Path) -> None
             courier.channel.send(Told(run=ended.id, version=2))
             courier.channel.send(Recall(runs={unknown: 0}))
             assert await courier.next(Forgotten) == Forgotten(run=unknown)
+
+
+async def test_more_than_memory_holds_is_told_from_the_store(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Django's database was away for long: everything is told all the same, and memory stays bounded."""
+    monkeypatch.setattr(link, "_PAGE", 7)
+    async with gate(tmp_path) as g:
+        untold = g.engine.book.untold
+        untold._most = 10
+        runs = [await g.submit() for _ in range(40)]
+        for run in runs[:30]:
+            await g.engine.cancel(run, 0.0)
+        assert (len(untold), untold.more) == (10, True)
+        told: dict[str, int] = {}
+        async with linked(g) as courier:
+            while len(told) < 40 or untold.more or untold:
+                with trio.move_on_after(0.5):
+                    transition = await courier.next(Transition)
+                    told[transition.run] = transition.version
+                    courier.channel.send(Told(run=transition.run, version=transition.version))
+                assert len(untold) <= 10
+        assert told == {run.id: 2 if run in runs[:30] else 1 for run in runs}

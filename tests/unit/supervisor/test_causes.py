@@ -44,6 +44,12 @@ DEATHS = [
     (Death(signal.SIGSEGV, oom_kills=1), "signal", "SIGSEGV", None),
     (Death(exited(1), oom_kills=1), "exit", None, 1),
     (Death(signal.SIGTERM, memory_pressure=True), "signal", "SIGTERM", None),
+    # CPU time: the soft limit's signal can be ignored, the hard one's cannot.
+    (Death(signal.SIGKILL, cpu=12.0, cpu_limit=10), "cpu_limit", "SIGKILL", None),
+    (Death(signal.SIGKILL, cpu=9.0, cpu_limit=10), "signal", "SIGKILL", None),
+    (Death(signal.SIGKILL, cpu=99.0), "signal", "SIGKILL", None),
+    (Death(signal.SIGKILL, cpu=12.0, cpu_limit=10, oom_kills=1), "oom", "SIGKILL", None),
+    (Death(signal.SIGXFSZ), "signal", "SIGXFSZ", None),
 ]
 
 
@@ -65,6 +71,18 @@ def test_what_was_ordered_stands_over_what_the_kernel_says(death: Death, ordered
     # How it happened stays visible all the same.
     plain = classify(death)
     assert (cause.signal, cause.exit_code) == (plain.signal, plain.exit_code)
+
+
+def test_a_file_that_grew_too_large_is_named() -> None:
+    assert "RLIMIT_FSIZE" in classify(Death(signal.SIGXFSZ)).detail
+
+
+def test_a_failed_start_says_why_in_one_line() -> None:
+    traceback = "Traceback (most recent call last):\n  File …\nValueError: not allowed\n"
+    assert classify(Death(exited(70), faults=traceback)).detail == (
+        "the runner could not start: ValueError: not allowed"
+    )
+    assert classify(Death(exited(70))).detail == "the runner could not start"
 
 
 def test_the_word_of_whoever_ordered_it_stands_over_ours() -> None:

@@ -7,6 +7,7 @@ import signal
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractContextManager
 
+import msgspec
 import psutil
 import pytest
 import trio
@@ -14,7 +15,7 @@ import trio.testing
 
 from supervisor.endings import NO_GATEWAY, STALLED, Endings
 from supervisor.runners import Runner
-from taskkit.wire.messages import Cause, Deadline
+from taskkit.wire.messages import Cause, Deadline, Expired
 from tests import helpers
 from tests.unit.supervisor.conftest import LEAVES, STUBBORN, WAITS, Family
 
@@ -169,3 +170,29 @@ async def test_the_cause_is_the_kind_of_the_deadline(family: Family, endings: En
     endings.arm(order(runner, 0.0, kind="cancelled", grace=0.0))
     told = cause(await family.wait_dead(runner))
     assert (told.kind, told.signal) == ("cancelled", "SIGKILL")
+
+
+async def test_a_deadline_in_a_shared_process_is_told_again_and_again_and_ends_nobody(family: Family) -> None:
+    runner, now = await family.bear(WAITS), [1000.0]
+    runner.spec = msgspec.structs.replace(runner.spec, concurrency=4)
+    told: list[Expired] = []
+    async with trio.open_nursery() as nursery:
+        endings = Endings(family.runners, nursery, clock=lambda: now[0], on_expired=told.append)
+        endings.resume(NO_GATEWAY)
+        nursery.start_soon(endings.run)
+        endings.arm(order(runner, 60.0, grace=2.0))
+        for passed, times in ((59.0, 0), (2.0, 1), (1.0, 1), (1.5, 2)):
+            await trio.testing.wait_all_tasks_blocked()
+            now[0] += passed
+            endings.pause(STALLED)  # any change makes it look at the clock
+            endings.resume(STALLED)
+            await trio.testing.wait_all_tasks_blocked()
+            assert len(told) == times
+        assert told == [Expired(runner=runner.spec.id, token="t", kind="timeout")] * 2
+        endings.disarm(runner.spec.id, "t")
+        now[0] += 100.0
+        endings.arm(Deadline(runner=runner.spec.id, token="", kind="abandoned", after=0.0, grace=0.0))
+        told_of = cause(await family.wait_dead(runner))
+        assert told_of.kind == "abandoned", "without a token it is about the process"
+        assert len(told) == 2
+        nursery.cancel_scope.cancel()

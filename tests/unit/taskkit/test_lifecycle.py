@@ -11,6 +11,7 @@ from taskkit.errors import LifecycleError
 from taskkit.lifecycle import (
     CRASH_BACKOFF,
     PROCESS_TRANSITIONS,
+    QUARANTINE_AFTER,
     RUN_TRANSITIONS,
     TERMINAL,
     Ending,
@@ -172,3 +173,29 @@ def test_every_verdict_is_a_move_of_a_running_run() -> None:
         )
         target = next_run_status(RUNNING, found.event)
         assert target is READY or found.delay == 0.0, "only a run that waits has something to wait for"
+
+
+@pytest.mark.parametrize("max_attempts", [1, 3, 99])
+@pytest.mark.parametrize("crashes", range(1, 5))
+def test_a_run_that_killed_three_runners_is_tried_no_more(max_attempts: int, crashes: int) -> None:
+    found = verdict(
+        Ending.CRASHED,
+        attempts=crashes,
+        max_attempts=max_attempts,
+        on_lost="retry",
+        cancelling=False,
+        crashes=crashes,
+    )
+    assert found.quarantined == (crashes >= QUARANTINE_AFTER)
+    assert (found.event is RunEvent.FAIL) == (crashes >= min(QUARANTINE_AFTER, max_attempts))
+
+
+@pytest.mark.parametrize("ending", [ending for ending in Ending if ending is not Ending.CRASHED])
+def test_only_a_crash_brings_into_quarantine(ending: Ending) -> None:
+    found = verdict(ending, attempts=1, max_attempts=9, on_lost="retry", cancelling=False, crashes=9)
+    assert not found.quarantined
+
+
+def test_who_wanted_it_to_stop_has_the_last_word() -> None:
+    found = verdict(Ending.CRASHED, attempts=3, max_attempts=3, on_lost="retry", cancelling=True, crashes=3)
+    assert found == Verdict(RunEvent.CANCEL)

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from gateway.store import reads
-from gateway.store.rows import RunFilter
+from gateway.store.rows import QuarantinedRow, RunFilter
 from gateway.store.writer import Writer
 from taskkit.lifecycle import RunStatus
 from tests.unit.gateway.store import samples
@@ -65,6 +65,9 @@ def test_every_column_of_a_run_comes_back(writer: Writer, db: sqlite3.Connection
         error=b'{"code":"x"}',
         progress=b'{"done":1}',
         cancelling=True,
+        replay_of="run-1",
+        crashes=2,
+        suspect=True,
     )
     write(writer, runs=[full, samples.run(8)])
     assert reads.run(db, full.id) == full
@@ -293,3 +296,27 @@ def test_a_star_means_what_a_token_means_by_it(writer: Writer, db: sqlite3.Conne
         pattern = text("ab.*")
         found = {run.task for run in reads.runs(db, RunFilter(tasks=(pattern,), limit=100))}
         assert found == {name for name in names if fnmatchcase(name, pattern)}
+
+
+def test_opened_finds_breakers_and_what_nobody_has_released(writer: Writer, db: sqlite3.Connection) -> None:
+    failed: dict[str, Any] = {"status": RunStatus.FAILED, "finished_at": 9.0, "crashes": 3, "suspect": True}
+    write(
+        writer,
+        runs=[
+            samples.run(1, **failed),
+            samples.run(2, **failed),
+            samples.run(3, **failed | {"crashes": 2}),
+            samples.run(4, replay_of="run-1"),
+        ],
+        breakers={"t.f": b"{}", "t.g": None},
+    )
+    found = reads.opened(db)
+    assert found.breakers == {"t.f": b"{}"}
+    assert found.quarantined == [QuarantinedRow("run-2", "demo.count", 9.0)]
+    again = reads.run(db, "run-2")
+    assert again is not None
+    assert (again.crashes, again.suspect, again.replay_of) == (3, True, None)
+    write(writer, breakers={"t.f": b"{1}", "t.h": b"{}"})
+    assert reads.opened(db).breakers == {"t.f": b"{1}", "t.h": b"{}"}
+    write(writer, breakers={"t.f": None})
+    assert reads.opened(db).breakers == {"t.h": b"{}"}

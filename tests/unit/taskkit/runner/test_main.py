@@ -655,6 +655,20 @@ def test_a_shared_pool_hears_a_cancellation_that_came_with_the_start(loop: str) 
         assert life.finished("two").ending == "cancelled"
 
 
+@pytest.mark.parametrize("loop", ["asyncio", "trio"])
+def test_a_shared_pool_performs_what_came_with_the_word_to_leave(loop: str) -> None:
+    async def hello() -> str:
+        return "hello"
+
+    with living(named([definition(hello)]), concurrency=4, runs=9, loop=loop) as life:
+        os.kill(life.pid, signal.SIGSTOP)  # so that both are there when the runner looks
+        life.start("t.hello", token="one")
+        life.order(Retire())
+        os.kill(life.pid, signal.SIGCONT)
+        assert _result(life.finished("one")) == "hello"
+        assert life.exit() == 0
+
+
 def test_an_exception_in_a_shared_pool_ends_only_its_attempt() -> None:
     async def boom(wait: float) -> str:
         await anyio.sleep(wait)

@@ -1,0 +1,112 @@
+"""What is ordered from runners, each order with the deadline that makes it hold. Pure.
+
+An order goes to the runner, its deadline to the supervisor: whoever dies in between, the other still has its half.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+import msgspec
+
+from gateway.plan import Plan
+from gateway.state import RunnerState
+from gateway.store.rows import AttemptRow, RunRow
+from taskkit.settings import LimitSettings
+from taskkit.wire.messages import Assigned, Cancel, Deadline, Retire, Row, Start
+
+#: Seconds that an attempt may take to begin beyond its timeout. The limit is set before `Start`, so that it holds
+#: whoever dies, and set anew when the attempt begins.
+_START_SECONDS: Final = 10.0
+
+#: Seconds for a shared runner to leave when its runs have ended, at least.
+_LEAVE_SECONDS: Final = 1.0
+
+
+class Ordering:
+    """Gives orders by writing them into the plan of the round."""
+
+    def __init__(self, limits: LimitSettings, plan: Plan) -> None:
+        self._limits = limits
+        self._plan = plan
+
+    def start(self, run: RunRow, row: AttemptRow, memory_limit: int | None) -> None:
+        """Have a runner perform an attempt; it ignores one that it knows."""
+        self.limit_time(run, row, _START_SECONDS)
+        start = Start(
+            run=run.id,
+            attempt=row.number,
+            token=row.token,
+            task=run.task,
+            args=run.args,
+            kwargs=run.kwargs,
+            row=None if run.row is None else msgspec.json.decode(run.row, type=Row),
+            max_attempts=run.max_attempts,
+            metadata=run.metadata,
+            memory_limit=memory_limit,
+        )
+        self._plan.order(row.runner, start)
+
+    def limit_time(self, run: RunRow, row: AttemptRow, extra: float = 0.0, *, at_most: bool = False) -> None:
+        """Have the supervisor end the attempt at its timeout; a later limit replaces an earlier one.
+
+        With `at_most` an earlier limit stands: no takeover gives an attempt more time.
+        """
+        if run.timeout is None:
+            return
+        deadline = Deadline(
+            runner=row.runner,
+            token=row.token,
+            kind="timeout",
+            after=run.timeout + extra,
+            grace=self._limits.kill_grace_seconds,
+            at_most=at_most,
+        )
+        self._plan.tell(deadline)
+
+    def cancel(self, row: AttemptRow, grace: float | None = None) -> None:
+        """Ask an attempt to stop because somebody wants its run to; it is ended when it does not within its grace."""
+        after = self._limits.cancel_grace_seconds if grace is None else grace
+        kill = self._limits.kill_grace_seconds
+        self._plan.tell(
+            Deadline(runner=row.runner, token=row.token, kind="cancelled", after=after, grace=kill)
+        )
+        self.ask_to_stop(row, "cancelled")
+
+    def ask_to_stop(self, row: AttemptRow, reason: str) -> None:
+        """Ask an attempt to stop; another deadline than a cancellation's holds."""
+        self._plan.order(row.runner, Cancel(token=row.token, reason=reason))
+
+    def abandon(self, runner: RunnerState, row: AttemptRow, reason: str) -> None:
+        """Go on without an attempt: its runner gets no further run.
+
+        It may not have begun. Then it is cancelled when it does, or does not hear of it at all.
+        """
+        runner.abandoned += 1
+        self.send_home(runner)
+        after = self._plan.after
+        after.orders = [
+            (id, order)
+            for id, order in after.orders
+            if not (isinstance(order, Start) and order.token == row.token)
+        ]
+        self.ask_to_stop(row, reason)
+
+    def retire(self, runner: RunnerState) -> None:
+        """A runner gets no further run: it finishes what it has, then leaves."""
+        runner.retiring = True
+        self._plan.order(runner.spec.id, Retire())
+        self.see_off(runner)
+
+    def send_home(self, runner: RunnerState) -> None:
+        """Retire a runner, and have the supervisor make another one in its place."""
+        self.retire(runner)
+        self._plan.tell(Assigned(runner=runner.spec.id, last=True))
+
+    def see_off(self, runner: RunnerState) -> None:
+        """A shared runner whose runs have all ended leaves soon, or is ended: what it still does was abandoned."""
+        if runner.shared and runner.retiring and not runner.tokens and runner.exited is None:
+            grace = max(self._limits.kill_grace_seconds, _LEAVE_SECONDS)
+            self._plan.tell(
+                Deadline(runner=runner.spec.id, token="", kind="abandoned", after=grace, grace=grace)
+            )
