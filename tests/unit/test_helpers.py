@@ -174,12 +174,30 @@ def test_a_group_left_out_is_said_and_needs_no_packages(
         return command.Outcome(group, 3, int(group == "arch"), 0.5)
 
     monkeypatch.setattr(command, "run_pytest", run_pytest)
-    assert command.main(["--without", "e2e", "--without=lint", "--", "-k", "x"]) == 1
-    assert ran == [(group, ["-k", "x"]) for group in ("unit", "arch", "chaos", "bench-smoke")]
+    left_out = ["--without", "e2e", "--without=lint", "--without=moments"]
+    assert command.main([*left_out, "--", "-k", "x"]) == 1
+    assert ran == [(group, ["-k", "x"]) for group in ("unit", "arch", "guards", "chaos", "bench-smoke")]
     told = capsys.readouterr().out
     assert "e2e          NOT RUN" in told
     assert "lint         NOT RUN" in told
-    assert "12 passed, 1 failed" in told
+    assert "15 passed, 1 failed" in told
+
+
+def test_a_group_beside_others_is_waited_for_and_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    background = command.Background("arch", ["tests/unit/test_helpers.py", "-k", "apt_txt"])
+    try:
+        outcome = background.finish()
+    finally:
+        background.close()
+    assert (outcome.group, outcome.passed, outcome.failed) == ("arch", 1, 0)
+    assert "1 passed" in capsys.readouterr().out
+
+
+def test_a_group_beside_others_ends_with_them() -> None:
+    background = command.Background("unit", [])
+    background.close()
+    assert background._process.returncode is not None
+    assert not Path(background._folder.name).exists()
 
 
 def test_a_pytest_that_dies_without_a_report_is_a_failure(tmp_path: Path) -> None:
