@@ -10,30 +10,31 @@ goes on by itself when the disk does.
 
 from __future__ import annotations
 
-import functools
 import logging
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Final
 
 import trio
 
+from gateway.accepting import Acceptance
 from gateway.book import Book
 from gateway.fanout import Hub
 from gateway.intake import Intake
 from gateway.link import CourierLink
+from gateway.moments import pass_round
 from gateway.pipes import Pipes
-from gateway.state import After, RunnerState
+from gateway.roster import RunnerView, view_of
+from gateway.state import After
 from gateway.store.protocol import Store, StoreError
 from gateway.store.reads import read_blob
-from gateway.store.rows import Batch, EventRow, KeyRow, RunRow
+from gateway.store.rows import Batch, EventRow, RunRow
 from gateway.submission import Catalogue, Submission
 from taskkit import failpoints
-from taskkit.errors import IdempotencyConflict, LifecycleError, NotWritable, QueueFull
+from taskkit.errors import LifecycleError, NotWritable
 from taskkit.lifecycle import RunStatus
 from taskkit.settings import Settings
 from taskkit.wire.messages import (
@@ -56,9 +57,6 @@ logger = logging.getLogger("bulkhead.gateway")
 #: Seconds a request waits for its commit before it gets 503. A commit takes a millisecond; 5 s is a disk in trouble.
 _ANSWER_SECONDS: Final = 5.0
 
-#: Seconds for which an idempotency key counts although the store may not have it: a commit takes a millisecond.
-_KEY_MEMORY: Final = 60.0
-
 #: Seconds to wait after a commit that failed, first and longest.
 _RETRY: Final = (0.1, 1.0)
 
@@ -67,21 +65,6 @@ _STALLED_FLUSH: Final = 1.2
 
 #: Seconds between rounds that only wait for time to pass, at most.
 _LONGEST_SLEEP: Final = 3600.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RunnerView:
-    """One runner as `/api/v1/runners` shows it: "STARTING", "IDLE", "BUSY", "RETIRING" or "EXITED"."""
-
-    id: str
-    pid: int
-    pool: str
-    role: str
-    state: str
-    runs: tuple[str, ...]
-    started_at: float
-    runs_done: int
-    last_ending: str | None
 
 
 class _Request:
@@ -146,9 +129,7 @@ class Engine:
         self._pipes = Pipes(book, lines_per_second=settings.limits.output_lines_per_second, wake=self.wake)
         self._wake = trio.Event()
         self._round_over = trio.Event()
-        keep = settings.retention
-        ages = (_KEY_MEMORY, keep.key_age_seconds, keep.run_age_seconds)
-        self._key_memory = min(age for age in ages if age is not None)
+        self._acceptance = Acceptance(self)
         self.courier = CourierLink(self)
         self.intake = Intake(self)
         self.rounds = 0
@@ -181,84 +162,17 @@ class Engine:
         )
 
     async def submit(self, submission: Submission) -> tuple[RunRow, bool]:
-        """Make a run of `submission`; return (run, whether it was there before), committed to disk.
+        """Make a run of `submission`; see `Acceptance.submit`."""
+        return await self._acceptance.submit(submission)
+
+    def check_store(self) -> None:
+        """Refuse what would have to be written.
 
         Raises:
-          QueueFull: as many runs wait as LIMITS.queued_runs allows.
-          IdempotencyConflict: the key was used with another body.
-          NotWritable: the store cannot be written now; `run` is the id to try again with.
+          NotWritable: the store cannot be written now.
         """
-        try:
-            known = await self._known(submission)
-            if known is not None:
-                return known, True
-            self._check_store()
-            run, replayed = await self.decide(functools.partial(self._accept, submission))
-            if run is None:  # it was made and has ended since `_known` looked
-                run = await self._known(submission)
-            if run is None:
-                raise NotWritable(
-                    "its run has ended a moment ago and was removed (RETENTION.run_age_seconds)"
-                )
-        except (StoreError, NotWritable) as error:
-            raise NotWritable(
-                f"the outcome is unknown, send it again with this id: {error}",
-                retry_after=2,
-                run=submission.id,
-            ) from error
-        return run, replayed
-
-    def _check_store(self) -> None:
         if self.store_error:
             raise NotWritable(self.store_error)
-
-    async def _known(self, submission: Submission) -> RunRow | None:
-        """Return the run that this submission made before, if it is committed.
-
-        The book knows a run as soon as a round has decided on it, which may never be committed. What only the book
-        knows is answered by a round.
-        """
-        id = submission.id
-        if submission.key is not None:
-            key = await self.store.key(submission.subject, submission.key)
-            if key is not None:
-                if key.digest != submission.digest:
-                    raise IdempotencyConflict(
-                        "this Idempotency-Key was used with another body; use a new key"
-                    )
-                id = key.run
-        return await self.store.run(id)
-
-    def _recent_key(self, subject: str, name: str) -> KeyRow | None:
-        """Return a key that the store may not have yet. An older one counts only if `_known` has found it there:
-        retention removes keys, and what it has removed must not live on here."""
-        key = self.book.find_key(subject, name)
-        if key is None or self.book.find(key.run) is not None:
-            return key
-        return key if time.time() - key.created_at < self._key_memory else None
-
-    def _accept(self, submission: Submission) -> tuple[RunRow | None, bool]:
-        """Decide on a submission, in a round: look once more, as another may have come in between.
-
-        None is a run that has come and gone in between: it is in the store.
-        """
-        key = None
-        if submission.key is not None:
-            key = self._recent_key(submission.subject, submission.key)
-            if key is not None and key.digest != submission.digest:
-                raise IdempotencyConflict("this Idempotency-Key was used with another body; use a new key")
-        id = submission.id if key is None else key.run
-        if self.book.has_ended(id):
-            return None, True
-        known = self.book.find(id)
-        if known is None and submission.row is not None:
-            known = self.book.find_row(submission.row.key)
-        if known is not None:
-            return known, True
-        limit = self.settings.limits.queued_runs
-        if len(self.book.queues) >= limit:
-            raise QueueFull(f"{limit} runs wait already (LIMITS.queued_runs)", retry_after=5)
-        return self.book.accept(submission, time.time()), False
 
     async def cancel(self, run: RunRow, grace: float | None) -> RunRow:
         """Ask a run to stop; return it as it is when that is committed.
@@ -276,7 +190,7 @@ class Engine:
             self.book.cancel(known, seconds, time.time())
             return known
 
-        self._check_store()
+        self.check_store()
         found: RunRow = await self.decide(decide)
         return found
 
@@ -303,22 +217,7 @@ class Engine:
 
     def runners(self) -> list[RunnerView]:
         """Return all runners that are not drained."""
-        return [self._view(runner) for runner in self.book.runners.values()]
-
-    def _view(self, runner: RunnerState) -> RunnerView:
-        ids = tuple(self.book.attempts[token].run.id for token in runner.tokens)
-        state = _state_of(runner)
-        return RunnerView(
-            id=runner.spec.id,
-            pid=runner.pid,
-            pool=runner.spec.pool,
-            role=runner.spec.role,
-            state=state,
-            runs=ids,
-            started_at=runner.started_at,
-            runs_done=runner.runs_done,
-            last_ending=runner.last_ending,
-        )
+        return [view_of(runner, self.book.attempts) for runner in self.book.runners.values()]
 
     def statistics(self) -> dict[str, Any]:
         """Return a picture of now: queue, runners, rounds, subscribers, the store's complaint."""
@@ -356,7 +255,7 @@ class Engine:
                 self.book.drain_runner(id)
             return True
 
-        self._check_store()
+        self.check_store()
         found: bool = await self.decide(decide)
         return found
 
@@ -366,7 +265,7 @@ class Engine:
         Raises:
           NotWritable: the store cannot be written now.
         """
-        self._check_store()
+        self.check_store()
         was_held: bool = await self.decide(lambda: self.book.reset(task, time.time()))
         return was_held
 
@@ -449,14 +348,14 @@ class Engine:
             request.decide()
         self.book.claim(time.time())
         batch, after = self.book.take()
-        _pass("decided", batch)
+        pass_round("decided", batch)
         await self._commit(batch)
-        _pass("committed", batch)
+        pass_round("committed", batch)
         for id, size in taken:
             self._pipes.consume(id, size)
-        _pass("consumed", batch)
+        pass_round("consumed", batch)
         await self._publish(batch)
-        _pass("published", batch)
+        pass_round("published", batch)
         self._act(after)
         for request in requests:
             request.settle()
@@ -559,38 +458,6 @@ class Engine:
     def close(self) -> None:
         """Let go of every descriptor."""
         self._pipes.close()
-
-
-def _state_of(runner: RunnerState) -> str:
-    if runner.exited is not None:
-        return "EXITED"
-    if runner.session.seq == 0:
-        return "STARTING"
-    if runner.tokens:
-        return "BUSY"
-    return "RETIRING" if runner.retiring else "IDLE"
-
-
-def _pass(phase: str, batch: Batch) -> None:
-    """Pass the moments of a round, by what it contains."""
-    if failpoints.enabled():
-        for kind in _kinds(batch):
-            failpoints.hit(f"{phase}.{kind}")
-
-
-def _kinds(batch: Batch) -> Iterator[str]:
-    """Yield what a round contains, as in `failpoints.ROUND_KINDS`."""
-    changed = batch.changed_attempts
-    found = {
-        "accept": bool(batch.runs),
-        "assign": bool(batch.attempts),
-        "started": any(row.started_at is not None and row.ending is None for row in changed),
-        "event": bool(batch.events),
-        "end": bool(batch.ends),
-        "told": bool(batch.told),
-        "drained": bool(batch.forgotten),
-    }
-    yield from (kind for kind, there in found.items() if there)
 
 
 def _by_run(rows: Iterable[Any]) -> dict[int, list[Any]]:

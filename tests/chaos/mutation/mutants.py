@@ -20,7 +20,7 @@ class Change(NamedTuple):
 
 _LOOK: Final = "        data = scratch.copy(self.events, self._reach)\n"
 
-_DECIDED: Final = '        _pass("decided", batch)\n'
+_DECIDED: Final = '        pass_round("decided", batch)\n'
 
 MUTANTS: Final[Mapping[str, tuple[Change, ...]]] = {
     # What is looked at is out of the pipe: it dies with the gateway that has looked.
@@ -111,8 +111,8 @@ MUTANTS: Final[Mapping[str, tuple[Change, ...]]] = {
         ),
         Change(
             "gateway.engine",
-            '        await self._publish(batch)\n        _pass("published"',
-            '        if not early:\n            await self._publish(batch)\n        _pass("published"',
+            '        await self._publish(batch)\n        pass_round("published"',
+            '        if not early:\n            await self._publish(batch)\n        pass_round("published"',
         ),
     ),
     # Submitters are told before the disk is.

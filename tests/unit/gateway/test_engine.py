@@ -13,7 +13,7 @@ import msgspec
 import pytest
 import trio
 
-from gateway.engine import Engine
+from gateway.accepting import Acceptance
 from gateway.store.protocol import StoreError
 from gateway.store.rows import Batch, EventRow, RunRow
 from gateway.store.sqlite import SqliteStore
@@ -256,16 +256,16 @@ async def test_a_submission_that_raced_with_its_own_runs_end_is_that_run(
 ) -> None:
     """It looked before the first one was there, and comes to its round when that has ended already."""
 
-    known = Engine._known
+    known = Acceptance._known
     looks = 0
 
-    async def looks_too_early(self: Engine, made: Submission) -> RunRow | None:
+    async def looks_too_early(self: Acceptance, made: Submission) -> RunRow | None:
         nonlocal looks
         looks += 1
         return None if looks < 3 else await known(self, made)
 
     async with gate(tmp_path) as g:
-        monkeypatch.setattr(Engine, "_known", looks_too_early)
+        monkeypatch.setattr(Acceptance, "_known", looks_too_early)
         id = new_run_id()
         first = await g.submit(id=id, key=key, digest=b"d")
         await g.engine.cancel(first, None)

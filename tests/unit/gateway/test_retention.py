@@ -300,7 +300,7 @@ async def test_a_key_that_was_removed_can_be_used_anew(tmp_path: Path) -> None:
         assert removed.keys == 1
         with pytest.raises(IdempotencyConflict):
             await g.engine.submit(submission(key="k", digest=b"two"))  # a moment ago: it may be on its way
-        g.engine._key_memory = 0.0
+        g.engine._acceptance._key_memory = 0.0
         second, replayed = await g.engine.submit(submission(key="k", digest=b"two"))
         assert not replayed
         assert second.id != first.id
