@@ -216,8 +216,9 @@ class Tree:
             opened.append(self)
             os.close(writer)
             writer = -1
-            readable, _, _ = select.select([ready], [], [], self.timeout)
-            said = os.read(ready, 1) if readable else b""
+            poll = select.poll()  # select() ends at descriptor 1,023, and a harness may have more
+            poll.register(ready, select.POLLIN)
+            said = os.read(ready, 1) if poll.poll(self.timeout * 1000) else b""
         finally:
             os.close(ready)
             if writer >= 0:
