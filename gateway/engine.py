@@ -10,6 +10,7 @@ goes on by itself when the disk does.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
 import time
@@ -401,8 +402,12 @@ class Engine:
     async def _filled(self, row: EventRow) -> EventRow:
         if row.blob is None:
             return row
-        data = await trio.to_thread.run_sync(read_blob, self._blobs, row.blob)
-        return EventRow(row.pos, row.run, row.offset, row.attempt, row.type, data, row.at, row.blob)
+        try:
+            data = await trio.to_thread.run_sync(read_blob, self._blobs, row.blob)
+        except OSError as error:  # no descriptor is left, or the disk does not answer
+            logger.error("event %d of run %d is left to the store: %s", row.offset, row.run, error)
+            return row
+        return dataclasses.replace(row, data=data)
 
     def _act(self, after: After) -> None:
         for no in after.accepted:

@@ -79,11 +79,15 @@ class Ring:
     def __len__(self) -> int:
         return len(self._entries)
 
+    def clear(self) -> None:
+        """Forget all: what follows is not consecutive."""
+        self._entries.clear()
+        self.weight = 0
+
     def append(self, row: EventRow) -> None:
         """Add the next event; the oldest give way, the new one itself when it alone is too large."""
         if self._entries and row.offset != self._entries[-1].offset + 1:
-            self._entries.clear()
-            self.weight = 0
+            self.clear()
         entry = Entry(row, self._epoch)
         self._entries.append(entry)
         self.weight += entry.weight
@@ -214,7 +218,10 @@ class Hub:
         state.wake()
 
     def publish(self, run: int, events: Sequence[EventRow]) -> None:
-        """Hand out committed events, offsets consecutive, `data` filled in."""
+        """Hand out committed events, offsets consecutive, `data` filled in.
+
+        One whose large value could not be read is left to the store, where every subscriber tries by itself.
+        """
         if not events:
             return
         state = self._runs.setdefault(run, _Run())
@@ -223,8 +230,12 @@ class Hub:
             if state.tail is not None and row.offset <= state.tail:
                 continue  # known already: a repeated call must not show anything twice
             state.tail = row.offset
-            if state.ring is not None:
+            if state.ring is None:
+                continue
+            if row.blob is None or row.data:
                 state.ring.append(row)
+            else:
+                state.ring.clear()
         self._published += len(events)
         state.wake()
 

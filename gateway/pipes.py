@@ -99,7 +99,9 @@ class Pipes:
             self._poller.rest(pipes.output)  # its last writer has gone
         try:
             frames, size = self._take_in(pipes, runner)
-        except OSError as error:  # no descriptor is left to look with; nothing was taken in, nothing is judged
+        except (
+            OSError
+        ) as error:  # no descriptor is left to look with; nothing was taken in, nothing is judged
             logger.error("cannot look at what runner %s has said: %s; trying again", id, error)
             self._rest(pipes)
             return 0

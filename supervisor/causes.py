@@ -100,7 +100,10 @@ def _kind_of_signal(death: Death, name: str) -> tuple[str, str]:
     if name == "SIGKILL":
         # setrlimit(2): SIGXCPU at the soft limit, which a task may catch; SIGKILL at the hard one.
         if death.cpu_limit is not None and death.cpu >= death.cpu_limit and not death.oom_kills:
-            return "cpu_limit", "the process ignored SIGXCPU and used up its CPU time to the last (RLIMIT_CPU)"
+            return (
+                "cpu_limit",
+                "the process ignored SIGXCPU and used up its CPU time to the last (RLIMIT_CPU)",
+            )
         if death.oom_kills:
             return "oom", "the kernel's OOM killer ended the process (its memory cgroup counted the kill)"
         if death.oom_kills is None and death.memory_pressure:

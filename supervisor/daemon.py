@@ -64,14 +64,18 @@ async def _serve(config: Config, on_ready: OnReady | None, on_stopping: OnStoppi
         else:
             directory.keep(kept.lock)
         try:
-            load_or_create_key(Path(settings.key_file or path / state.KEY))
+            load_key = functools.partial(load_or_create_key, Path(settings.key_file or path / state.KEY))
+            if kept is None:  # it was looked at before this image began, and the gateway has it
+                load_key()
             with contextlib.ExitStack() as stack:
                 sock, url = await _listen(settings, path, kept)
                 operator = _listen_operator(path, kept)
                 stack.enter_context(sock)
                 stack.enter_context(operator)
                 resolve = functools.partial(_resolve, config)
-                ground = Ground(config, ready, settings, directory, sock, url, resolve, operator, kept)
+                ground = Ground(
+                    config, ready, settings, directory, sock, url, resolve, operator, load_key, kept
+                )
                 await _live(ground, zygote, None if kept is not None else on_ready, on_stopping)
         finally:
             if settings.uds is not None:

@@ -120,7 +120,6 @@ class Endings:
             with trio.move_on_after(min(self._ledger.next() - self._clock(), _LOOK_SECONDS)):
                 await self._changed.wait()
 
-
     def _expire(self, due: Due) -> bool:
         """Tell the gateway instead, when others share the attempt's process; once more if it does not disarm."""
         runner = self._runners.all.get(due.runner)

@@ -114,10 +114,23 @@ def command_line(argv: Sequence[str]) -> list[str]:
     return [sys.executable, *rest]
 
 
+def written(handover: HandOver) -> int:
+    """Return a descriptor of an anonymous file that holds it; the caller's to close."""
+    return linux.sealed_memfd("bulkhead-handover", msgspec.msgpack.encode(handover))
+
+
+def read(fd: int) -> HandOver:
+    """Return what the file behind `fd` holds.
+
+    Raises:
+      msgspec.ValidationError: it is of a version that this one does not understand.
+    """
+    return msgspec.msgpack.decode(linux.read_from_start(fd, _LIMIT), type=HandOver)
+
+
 def leave(handover: HandOver) -> OSError:
     """Become the next image of this program. Returns only when that failed, and then nothing has changed."""
-    data = msgspec.msgpack.encode(handover)
-    memory = linux.sealed_memfd("bulkhead-handover", data)
+    memory = written(handover)
     kept = [*handover.descriptors(), memory]
     unblocked = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     try:
@@ -144,10 +157,8 @@ def take() -> HandOver | None:
     memory, _, pid = os.environ.pop(VARIABLE, "").partition(" ")
     if pid != str(os.getpid()):
         return None
-    fd = int(memory)
-    data = linux.read_from_start(fd, _LIMIT)
-    os.close(fd)
-    handover = msgspec.msgpack.decode(data, type=HandOver)
+    handover = read(int(memory))
+    os.close(int(memory))
     for fd in handover.descriptors():
         os.set_inheritable(fd, False)
     return handover

@@ -137,7 +137,9 @@ class Pools:
         return coming
 
     def _serves(self, pool: Pool) -> bool:
-        return any(runner.child.state is not ProcessState.STARTING for runner in self._runners.living(pool.name))
+        return any(
+            runner.child.state is not ProcessState.STARTING for runner in self._runners.living(pool.name)
+        )
 
     def notes(self) -> Iterator[str]:
         """Yield what an operator has to know: pools in which no runner comes up."""

@@ -1,6 +1,7 @@
-"""Imports what another version of the supervisor needs, to see whether it can: `python -m supervisor.probe`.
+"""Imports what another version of the supervisor needs, to see whether it can: `python -m supervisor.probe FD`.
 
-An upgrade asks first: an image that cannot be imported would take the whole tree along.
+An upgrade asks first: an image that cannot be imported, or does not understand what is handed over (the file behind
+FD), would take the whole tree along.
 """
 
 from __future__ import annotations
@@ -11,12 +12,16 @@ import sys
 _ROOMS = ("supervisor.daemon", "supervisor.cli.main", "taskkit.wire.codec", "taskkit.tokens")
 
 
-def main() -> int:
-    """Import them; return 0. What they raise is the answer."""
+def main(argv: list[str]) -> int:
+    """Import them, take the hand-over; return 0. What that raises is the answer."""
     for name in _ROOMS:
         importlib.import_module(name)
+    from supervisor import handover
+    from taskkit.settings import load_settings
+
+    load_settings(handover.read(int(argv[1])).ready.settings)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv))

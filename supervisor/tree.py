@@ -77,6 +77,7 @@ class Ground:
     url: str
     resolve: Callable[[ZygoteReady], Settings]
     operator: socket.socket
+    load_key: Callable[[], object]
     kept: HandOver | None = None
 
 
@@ -130,7 +131,7 @@ class Tree:
             settings=self._settings,
             on_settings=self._use,
         )
-        self._upgrade = Upgrade(pause=self._pools.stop, hold=self._hold)
+        self._upgrade = Upgrade(pause=self._pools.stop, hold=self._hold, check=ground.load_key)
         self._stalled = ""
         self._gateway_notes: list[str] = []
         self._finished = trio.Event()  # what an upgrade leaves to do

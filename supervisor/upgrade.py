@@ -8,6 +8,7 @@ restart.
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable
 from typing import Final
 
@@ -16,6 +17,7 @@ import trio
 from supervisor import handover
 from supervisor.child import Child, spawn
 from supervisor.handover import HandOver
+from taskkit.errors import SettingsError
 
 logger = logging.getLogger("bulkhead.supervisor")
 
@@ -24,6 +26,8 @@ _PROBE_SECONDS: Final = 60.0
 
 #: Seconds to wait for a moment in which no birth is under way and no message waits.
 _CALM_SECONDS: Final = 20.0
+
+_RESTLESS: Final = f"the tree did not come to rest within {_CALM_SECONDS:.0f} s; try again"
 
 #: Seconds between looks for such a moment; a fork takes five milliseconds.
 _LOOK: Final = 0.005
@@ -35,9 +39,17 @@ class Upgrade:
     Args:
       pause: makes no runner from now on, or again.
       hold: returns what is to be handed over, or None while something is on its way.
+      check: raises SettingsError when the next image could not begin.
     """
 
-    def __init__(self, *, pause: Callable[[bool], None], hold: Callable[[], HandOver | None]) -> None:
+    def __init__(
+        self,
+        *,
+        pause: Callable[[bool], None],
+        hold: Callable[[], HandOver | None],
+        check: Callable[[], object],
+    ) -> None:
+        self._check = check
         self._pause = pause
         self._hold = hold
         self._probe: Child | None = None
@@ -54,20 +66,32 @@ class Upgrade:
             return "an upgrade is under way already"
         self.is_running = True
         try:
-            return await self._try_import() or await self._leave()
+            self._check()
+            return await self._rehearse() or await self._leave()
+        except (
+            OSError,
+            SettingsError,
+        ) as error:  # no descriptor is left, or no process; the key is not there
+            return f"cannot become the installed version: {error}"
         finally:
             self.is_running = False
             self._pause(False)
 
-    async def _try_import(self) -> str:
-        self._probe = probe = spawn("probe", "supervisor.probe", [], [], session=False)
+    async def _rehearse(self) -> str:
+        """Have the installed version imported, and take what it would be handed over, by a process of its own."""
+        held = await self._held()
+        if held is None:
+            return _RESTLESS
+        memory = handover.written(held)
+        try:
+            self._probe = probe = spawn("probe", "supervisor.probe", [str(memory)], [memory], session=False)
+        finally:
+            os.close(memory)
         try:
             with trio.move_on_after(_PROBE_SECONDS):
                 left = await probe.wait()
                 return (
-                    ""
-                    if left.status == 0
-                    else f"the installed version cannot be imported ({left}), see the log"
+                    "" if left.status == 0 else f"the installed version does not start ({left}), see the log"
                 )
             await probe.end(0.0)
             return f"importing the installed version took longer than {_PROBE_SECONDS:.0f} s"
@@ -76,11 +100,18 @@ class Upgrade:
 
     async def _leave(self) -> str:
         self._pause(True)
+        held = await self._held()
+        if held is None:
+            return _RESTLESS
+        logger.info("upgrade: becoming the installed version")
+        return f"cannot become the installed version: {handover.leave(held)}"
+
+    async def _held(self) -> HandOver | None:
+        """Return what is to be handed over as soon as nothing is on its way; None when that takes too long."""
         with trio.move_on_after(_CALM_SECONDS):
             while True:
                 held = self._hold()
                 if held is not None:
-                    logger.info("upgrade: becoming the installed version")
-                    return f"cannot become the installed version: {handover.leave(held)}"
+                    return held
                 await trio.sleep(_LOOK)
-        return f"the tree did not come to rest within {_CALM_SECONDS:.0f} s; try again"
+        return None

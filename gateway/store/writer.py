@@ -10,6 +10,7 @@ import contextlib
 import enum
 import json
 import logging
+import os
 import sqlite3
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -218,6 +219,7 @@ class Writer:
 
     def __init__(self, path: Path, *, boot_id: str, durability: str) -> None:
         self.gauge = WalGauge()
+        self._path = path
         self._wal = path.with_name(path.name + "-wal")
         self._blobs = path.with_name("blobs")
         self._always_full = durability == "power"
@@ -230,6 +232,7 @@ class Writer:
         self.grown = 0
         try:
             self._prepare_file(boot_id, durability)
+            self._files = self._identity()
         except BaseException:
             self.connection.close()
             raise
@@ -320,6 +323,7 @@ class Writer:
           sqlite3.IntegrityError, LookupError: the caller's bug: a second `stream.end`, an offset used before,
             a change of a run or an attempt that does not exist.
         """
+        self._check_files()
         self._set_synchronous(full=prepared.full)
         with self._transaction():
             for step in prepared.steps:
@@ -327,6 +331,26 @@ class Writer:
             failpoints.hit("store.commit")
         self.grown += prepared.size(self._blobs)
         return self.gauge.decide(self.wal_size())
+
+    def _identity(self) -> list[tuple[int, int]]:
+        """Return which files the names stand for now. By stat, never by open (see `wal_size`)."""
+        return [(found.st_dev, found.st_ino) for found in (os.stat(self._path), os.stat(self._wal))]
+
+    def _check_files(self) -> None:
+        """Refuse to write into files that somebody has removed or replaced: they end with this process (3 µs).
+
+        Raises:
+          sqlite3.OperationalError: their names stand for others, or for none.
+        """
+        try:
+            same = self._identity() == self._files
+        except FileNotFoundError:
+            same = False
+        if not same:
+            raise sqlite3.OperationalError(
+                f"{self._path} was removed or replaced while it was open: put the files back that were there, or "
+                "`bulkhead restart --gateway` to go on with what lies there now"
+            )
 
     def remove(self, removal: Removal) -> tuple[Removed, Checkpoint]:
         """Take one slice of `removal` out, in a transaction of its own.

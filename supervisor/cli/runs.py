@@ -244,7 +244,11 @@ def runners(
         if json:
             print_json(ordered)
         else:
-            print(f"Runner {clean(chosen)} is ended." if kill else f"Runner {clean(chosen)} leaves after its runs.")
+            print(
+                f"Runner {clean(chosen)} is ended."
+                if kill
+                else f"Runner {clean(chosen)} leaves after its runs."
+            )
         return
     page = client.runners()
     if json:

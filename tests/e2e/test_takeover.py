@@ -150,3 +150,16 @@ def test_every_kill_leaves_the_pool_full(tree: Tree) -> None:
     for child in [child for child in tree.status().children if child.kind.startswith("runner")]:
         os.kill(child.pid, signal.SIGKILL)
     eventually(idle, 5, "four idle runners again")
+
+
+def test_nothing_is_accepted_into_a_store_that_was_removed(tree: Tree) -> None:
+    """Its descriptors still work: it would answer 202, and all of it would be gone with the gateway."""
+    wal = tree.state_dir / "store.sqlite3-wal"
+    kept = wal.rename(wal.with_name("kept"))
+    answer = tree.http.post("/api/v1/runs", json={"task": "demo.count", "kwargs": {"n": 1, "delay": 0}})
+    assert answer.status_code == 503
+    assert answer.headers["Retry-After"]
+    eventually(lambda: "removed or replaced" in "".join(tree.status().notes), 5, "a note that says so")
+    kept.rename(wal)
+    eventually(lambda: not tree.status().notes, 5, "a store that is there again")
+    assert tree.wait(tree.submit("demo.count", n=1, delay=0)["id"])["status"] == "SUCCESSFUL"

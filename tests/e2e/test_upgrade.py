@@ -139,6 +139,19 @@ def test_what_cannot_be_imported_is_refused(tmp_path: Path) -> None:
         run = tree.submit("demo.count", n=100, delay=0.01)["id"]
         broken.write_text("import sys; sys.modules['supervisor.daemon'] = None")
         status = tree.operate("upgrade", timeout=60)
-        assert "cannot be imported" in status.error
+        assert "does not start" in status.error
         assert tree.wait(run)["status"] == "SUCCESSFUL"
         assert tree.wait(tree.submit("demo.count", n=1, delay=0)["id"])["status"] == "SUCCESSFUL"
+
+
+def test_a_key_that_cannot_be_read_is_told_before_anything_changes(tree: Tree) -> None:
+    key = tree.state_dir / "key"
+    kept = key.rename(key.with_name("kept"))
+    key.mkdir()
+    try:
+        assert "KEY_FILE" in tree.operate("upgrade", timeout=60).error
+        assert tree.status().state == "RUNNING"
+    finally:
+        key.rmdir()
+        kept.rename(key)
+    assert tree.wait(tree.submit("demo.count", n=1, delay=0)["id"])["status"] == "SUCCESSFUL"

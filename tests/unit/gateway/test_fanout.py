@@ -232,3 +232,17 @@ async def test_an_idle_subscriber_costs_the_same_whatever_is_said() -> None:
         with one:
             pass
     assert hub.subscribers(1) == 0
+
+
+async def test_an_event_without_its_large_value_is_left_to_the_store() -> None:
+    hub = Hub()
+    hub.opened(1, 0)
+    unread = EventRow(3, 1, 3, 1, "x", b"", 0.0, "a-blob")
+    with hub.attach(1) as one:
+        hub.publish(1, [*rows(1, 2), unread])
+        assert one.tail == 3
+        assert one.batch(2) is None, "the store fills it in"
+        assert one.batch(3) == []
+        hub.publish(1, rows(4, 5))
+        assert offsets(one.batch(3)) == [4, 5]
+        assert one.batch(0) is None

@@ -264,3 +264,21 @@ class TestWal:
         with closing(Writer(path, boot_id="boot-1", durability="process")) as writer:
             write(writer, sources={"r1": 1})
         assert [file.name for file in path.parent.iterdir()] == ["store.sqlite3"]
+
+
+@pytest.mark.parametrize("suffix", ["", "-wal"])
+@pytest.mark.parametrize("how", ["removed", "replaced"])
+def test_nothing_is_written_into_files_that_have_gone(
+    writer: Writer, path: Path, suffix: str, how: str
+) -> None:
+    """Their descriptors still work, so SQLite would commit, and all of it would end with this process."""
+    write(writer, runs=[samples.run(1)])
+    file = path.with_name(path.name + suffix)
+    kept = file.rename(file.with_name("kept"))
+    if how == "replaced":
+        file.touch()
+    with pytest.raises(sqlite3.OperationalError, match="removed or replaced"):
+        write(writer, runs=[samples.run(2)])
+    kept.rename(file)
+    write(writer, runs=[samples.run(2)])
+    assert {row[0] for row in writer.connection.execute("SELECT no FROM run")} == {1, 2}
