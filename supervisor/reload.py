@@ -64,7 +64,7 @@ class Parts:
 
 
 class Reload:
-    """One tree's reloads, one at a time.
+    """One tree's reloads; the caller makes them one at a time.
 
     Args:
       resolve: returns the settings of a project under the flags that the tree was started with.
@@ -98,8 +98,6 @@ class Reload:
 
     async def run(self) -> str:
         """Reload; return what went wrong, or "" when the next run is performed by the new code."""
-        if self.is_running:
-            return "a reload is under way already"
         self.is_running, self._switched = True, False
         try:
             await self._run()

@@ -131,9 +131,10 @@ class Tree:
             settings=self._settings,
             on_settings=self._use,
         )
-        self._upgrade = Upgrade(pause=self._pools.stop, hold=self._hold, check=ground.load_key)
+        self._upgrade = Upgrade(pause=self._pause, hold=self._hold, check=ground.load_key)
         self._stalled = ""
         self._gateway_notes: list[str] = []
+        self._changing = trio.Lock()  # a reload and an upgrade would wait for each other
         self._finished = trio.Event()  # what an upgrade leaves to do
         self._strays = Strays(self._known_pids, lambda: self._zygote.births)
 
@@ -296,6 +297,10 @@ class Tree:
         if kept.courier is not None:
             self._courier.keep(kept.courier)
 
+    def _pause(self, paused: bool) -> None:
+        if self._state is ProcessState.RUNNING:  # a tree that stops has stopped its pools for good
+            self._pools.stop(paused)
+
     async def _finish_upgrade(self) -> None:
         """Exchange what is still of the old version: the code that was imported, then the gateway."""
         if not await self.reload():
@@ -306,7 +311,8 @@ class Tree:
         """Become the installed version of this program; return why not. If it succeeds, nobody is left to return."""
         if self._state is not ProcessState.RUNNING or self.stop_requested.is_set():
             return f"the tree is {self._state.value}"
-        return await self._upgrade.run()
+        async with self._changing:
+            return await self._upgrade.run()
 
     def request_stop(self, *, now: bool) -> None:
         """Begin to stop; a second request, or `now`, waits for nobody."""
@@ -390,10 +396,13 @@ class Tree:
         """Exchange the project's code; return what went wrong, or ""."""
         if self._state is not ProcessState.RUNNING or self.stop_requested.is_set():
             return f"the tree is {self._state.value}"
-        notify(RELOADING=1, MONOTONIC_USEC=time.monotonic_ns() // 1000, STATUS="reloading the project's code")
-        failure = await self._reload.run()
-        notify(READY=1, STATUS=f"serving {self._ground.url}")
-        return failure
+        async with self._changing:
+            notify(
+                RELOADING=1, MONOTONIC_USEC=time.monotonic_ns() // 1000, STATUS="reloading the project's code"
+            )
+            failure = await self._reload.run()
+            notify(READY=1, STATUS=f"serving {self._ground.url}")
+            return failure
 
     def status(self) -> Status:
         """Return the tree as it is now."""

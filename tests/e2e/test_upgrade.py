@@ -155,3 +155,13 @@ def test_a_key_that_cannot_be_read_is_told_before_anything_changes(tree: Tree) -
         key.rmdir()
         kept.rename(key)
     assert tree.wait(tree.submit("demo.count", n=1, delay=0)["id"])["status"] == "SUCCESSFUL"
+
+
+def test_a_reload_and_an_upgrade_at_once_do_not_wait_for_each_other(tree: Tree) -> None:
+    os.kill(tree.pid, signal.SIGHUP)
+    started = time.monotonic()
+    upgrade(tree)
+    connected(tree)
+    assert tree.wait(tree.submit("demo.count", n=1, delay=0)["id"])["status"] == "SUCCESSFUL"
+    assert time.monotonic() - started < 15, "they waited until one of them gave up"
+    assert tree.status().notes == []
