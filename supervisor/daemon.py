@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import logging
 import os
@@ -153,8 +154,8 @@ def _has_terminal() -> bool:
     """Whether this process has a controlling terminal (tty(4): the open fails without one)."""
     try:
         os.close(os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY))
-    except OSError:
-        return False
+    except OSError as error:  # not, for example, that no descriptor is left
+        return error.errno not in (errno.ENXIO, errno.EIO, errno.ENOENT)
     return True
 
 

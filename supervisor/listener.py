@@ -191,7 +191,7 @@ def listen_seqpacket(path: Path) -> socket.socket:
     with linux.short_socket_path(path) as address:
         sock.bind(address)
     os.chmod(path, 0o600)
-    sock.listen(16)
+    sock.listen(128)
     return sock
 
 

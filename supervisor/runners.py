@@ -90,6 +90,7 @@ class Runner:
       retired: the gateway has given it its last run.
       used: the gateway has given it a run at all.
       outdated: it is of older code and is to get no further run.
+      judged: it has been decided whether its pool has to wait for its death.
       ordered: cause to report when the supervisor ends it.
     """
 
@@ -100,6 +101,7 @@ class Runner:
     retired: bool = False
     used: bool = False
     outdated: bool = False
+    judged: bool = False
     ordered: str = ""
     detail: str = ""
     exited: Exited | None = None

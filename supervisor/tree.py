@@ -58,6 +58,9 @@ from taskkit.wire.messages import (
 #: Names that always reach the gateway: a loopback address cannot be rebound by a stranger's DNS.
 LOOPBACK_NAMES: Final = ("localhost", "127.0.0.1", "[::1]")
 
+#: Migrations that are named in a note.
+_NAMED: Final = 5
+
 #: Seconds for the gateway to commit what dead runners left in their pipes, at most 256 KiB each.
 _DRAIN_SECONDS: Final = 10.0
 
@@ -162,10 +165,18 @@ class Tree:
         self._endings.disarm(runner.spec.id)
         self._gateway.send(runner.exited)
         self._strays.look()
-        idle = not (runner.used or runner.ordered or runner.outdated)
+        if (
+            not self._gateway.up
+        ):  # nobody will say for a while, and forks without an end are worse than a pause
+            self._judge(runner)
+        self._wake()
+
+    def _judge(self, runner: Runner) -> None:
+        """Whether a dead runner had work is known when everything that the gateway had to say of it has come."""
+        idle = not (runner.used or runner.ordered or runner.outdated or runner.judged)
+        runner.judged = True
         if self._state is ProcessState.RUNNING and idle:
             self._pools.died_idle(runner)
-        self._wake()
 
     # --- gateway and courier -------------------------------------------------------------------------------
 
@@ -197,7 +208,9 @@ class Tree:
 
     def _gateway_says(self, message: Report) -> None:
         if isinstance(message, Drained):
-            self._runners.drained(message.runner)
+            runner = self._runners.drained(message.runner)
+            if runner is not None:
+                self._judge(runner)
             self._wake()
         elif isinstance(message, Greeted):
             self._greeted(message.runner)
@@ -422,6 +435,9 @@ class Tree:
     def _notes(self, ready: ZygoteReady) -> Iterator[str]:
         if ready.database_error:
             yield f"database: {ready.database_error}"
+        if ready.pending:
+            some = ", ".join(ready.pending[:_NAMED]) + (" …" if len(ready.pending) > _NAMED else "")
+            yield f"database: migrations were not applied at the last start or reload: {some}; `manage.py migrate`"
         if self._stalled:
             yield f"{self._stalled}; tasks wait, and go on by themselves when it can be"
         if self._reload.is_running:

@@ -143,9 +143,14 @@ class Zygote:
             ) from None
         except (trio.EndOfChannel, RemoteWireError) as error:
             left = await self.child.wait()
-            raise NeverReady(
+            failure = NeverReady(
                 f"the zygote died while it imported the project ({left}); its output is above"
-            ) from error
+            )
+            if os.WIFSIGNALED(
+                left.status
+            ):  # killed: nobody's configuration, so a service manager may try again
+                failure.exit_code = 1
+            raise failure from error
         if isinstance(message, ZygoteFailed):
             raise NeverReady(f"{self._config.settings_module}: {message.reason}\n{message.detail}".rstrip())
         if not isinstance(message, ZygoteReady):

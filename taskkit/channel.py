@@ -77,7 +77,9 @@ class Channel(Generic[_M]):
         try:
             for fd in fds:
                 copies.append(os.dup(fd))  # noqa: PERF401 - those made so far are closed when the next one fails
-        except OSError:  # no descriptor is left: the link is given up, and its successor is told everything anew
+        except (
+            OSError
+        ):  # no descriptor is left: the link is given up, and its successor is told everything anew
             seqpacket.close_all(copies)
             self._give_up()
             return

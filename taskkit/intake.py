@@ -108,8 +108,14 @@ def _translated(definition: TaskDefinition, alias: str) -> Iterator[None]:
         raise _refusal(definition, {NON_FIELD_ERRORS: f"the database refuses the row: {error}"}) from error
     except (OperationalError, InterfaceError) as error:
         raise NotWritable(
-            f"the database {alias!r} does not take the row now: {error}", retry_after=1.0
+            f"the database {alias!r} does not take the row now: {error}{_hint(error)}", retry_after=1.0
         ) from error
+
+
+def _hint(error: Exception) -> str:
+    if "no such table" in str(error) or "no column named" in str(error):
+        return "; run `python manage.py migrate`, or look whether this is the database that is meant"
+    return ""
 
 
 def _allowed(definition: TaskDefinition) -> list[str]:

@@ -13,7 +13,7 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, Final, Literal, get_args, get_origin
 
 import msgspec
 from msgspec import Meta, Struct
@@ -220,7 +220,15 @@ def _convert(value: Any, type: Any, source: str, prefix: str = "") -> Any:
                 kind = RetentionSettings
             known = ", ".join(field.encode_name for field in msgspec.structs.fields(kind))
             reason += f"; the keys are {known}"
+        if "enum value" in reason and (values := _values_of(key.rpartition(".")[2], type)):
+            reason += f"; the values are {', '.join(values)}"
         raise SettingsError(f"{source}: {key or 'TASKKIT'} = {shown!r:.200}: {reason}") from error
+
+
+def _values_of(key: str, type: Any) -> list[str]:
+    """Return the words that a key may have, if it is one of words."""
+    fields = msgspec.structs.fields(type)
+    return [word for field in fields if field.encode_name == key for word in get_args(field.type)]
 
 
 def load_settings(value: Mapping[str, Any], source: str = "TASKKIT") -> Settings:
@@ -275,7 +283,7 @@ def from_environment(environment: Mapping[str, str]) -> dict[str, Any]:
         if name not in environment:
             continue
         text = environment[name]
-        if field.type in (str, str | None):
+        if field.type in (str, str | None) or get_origin(field.type) is Literal:
             found[field.encode_name] = text
             continue
         try:

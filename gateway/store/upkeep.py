@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import stat
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -127,9 +128,21 @@ class SqliteUpkeep:
         return await self._store.checkpoint()
 
 
+@contextlib.contextmanager
+def _entries(blobs: Path) -> Iterator[Iterator[os.DirEntry[str]]]:
+    """Yield what is in the directory; nothing when somebody has removed it."""
+    try:
+        found = os.scandir(blobs)
+    except FileNotFoundError:
+        yield iter(())
+        return
+    with found:
+        yield found
+
+
 def _measure(blobs: Path) -> tuple[int, int]:
     number = size = 0
-    with os.scandir(blobs) as entries:
+    with _entries(blobs) as entries:
         for entry in entries:
             try:
                 size += entry.stat(follow_symlinks=False).st_size
@@ -142,7 +155,7 @@ def _measure(blobs: Path) -> tuple[int, int]:
 def _older_files(blobs: Path, before: float) -> list[str]:
     """Return plain files under a UUID's name from before `before`; anything else is not ours to remove."""
     found = []
-    with os.scandir(blobs) as entries:
+    with _entries(blobs) as entries:
         for entry in entries:
             try:
                 status = entry.stat(follow_symlinks=False)

@@ -260,7 +260,7 @@ def _operate(settings: str | None, state_dir: Path | None, name: str, *, json: b
     elif found.error:
         print_error(f"{name}: {found.error}")
     else:
-        print(done)
+        print("\n".join([done, *found.notes]))
     if found.error:
         raise typer.Exit(exits.BAD_CONFIGURATION)
 

@@ -275,7 +275,8 @@ class ZygoteReady(Message, frozen=True):
       settings: the project's TASKKIT dict with TASKKIT_* of the environment over it, as plain data.
       allowed_hosts: Django's ALLOWED_HOSTS, the default of ours.
       versions: of Python, Django and this package.
-      unapplied: taskkit migrations that the database lacks, `<database>:<app>.<name>`; checked in a forked child.
+      unapplied: taskkit migrations that the database lacks, `<app>.<name>`; checked in a forked child.
+      pending: those of other apps.
       database_error: why the check could not be made; the database may be away.
     """
 
@@ -286,6 +287,7 @@ class ZygoteReady(Message, frozen=True):
     debug: bool = False
     versions: dict[str, str] = {}
     unapplied: list[str] = []
+    pending: list[str] = []
     database_error: str = ""
 
 

@@ -49,6 +49,7 @@ class Probe:
     """What the probe child found in the database."""
 
     unapplied: list[str] = field(default_factory=list)
+    pending: list[str] = field(default_factory=list)
     database_error: str = ""
 
 
@@ -170,6 +171,7 @@ def describe(settings_module: str, tasks: dict[str, Any], probe: Probe) -> Zygot
             "python": platform.python_version(),
         },
         unapplied=probe.unapplied,
+        pending=probe.pending,
         database_error=probe.database_error,
     )
 
@@ -194,7 +196,7 @@ def probe_database(*, migrate: bool) -> Probe:
     if not data:
         return Probe(database_error=f"the database did not answer within {_PROBE_SECONDS:.0f} s")
     found = json.loads(data)
-    return Probe(found["unapplied"], found["error"])
+    return Probe(found["unapplied"], found["pending"], found["error"])
 
 
 def _read_until_end(fd: int) -> bytes:
@@ -207,16 +209,22 @@ def _read_until_end(fd: int) -> bytes:
 def _probe_child(write: int, migrate: bool) -> None:
     try:
         try:
-            found = {"unapplied": _unapplied(migrate), "error": ""}
+            ours, others = _unapplied(migrate)
+            found = {"unapplied": ours, "pending": others, "error": ""}
         except Exception as error:
             detail = "" if type(error).__module__.startswith("django.db") else traceback.format_exc()
-            found = {"unapplied": [], "error": f"{type(error).__name__}: {error}\n{detail}".strip()}
+            found = {
+                "unapplied": [],
+                "pending": [],
+                "error": f"{type(error).__name__}: {error}\n{detail}".strip(),
+            }
         os.write(write, json.dumps(found).encode())
     finally:
         os._exit(0)
 
 
-def _unapplied(migrate: bool) -> list[str]:
+def _unapplied(migrate: bool) -> tuple[list[str], list[str]]:
+    """Return the migrations that the database lacks: ours, then the project's."""
     from django.core.management import call_command
     from django.db import DEFAULT_DB_ALIAS, connections
     from django.db.migrations.executor import MigrationExecutor
@@ -225,7 +233,9 @@ def _unapplied(migrate: bool) -> list[str]:
         call_command("migrate", verbosity=0, interactive=False)
     executor = MigrationExecutor(connections[DEFAULT_DB_ALIAS])
     plan = executor.migration_plan(executor.loader.graph.leaf_nodes())
-    return [f"{m.app_label}.{m.name}" for m, backwards in plan if not backwards and m.app_label == "taskkit"]
+    lacking = [migration for migration, backwards in plan if not backwards]
+    ours = [f"{m.app_label}.{m.name}" for m in lacking if m.app_label == "taskkit"]
+    return ours, [f"{m.app_label}.{m.name}" for m in lacking if m.app_label != "taskkit"]
 
 
 def pools() -> dict[str, PoolSettings]:

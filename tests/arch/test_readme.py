@@ -40,7 +40,9 @@ def rows() -> dict[str, str]:
     found: dict[str, str] = {}
     for line in README.splitlines():
         cells = [cell.strip() for cell in re.split(r"(?<!\\)\|", line.strip().strip("|"))]
-        match = re.fullmatch(r"`([A-Z][A-Z_]+|(?:POOLS\.<name>|LIMITS|RETENTION|BREAKER)\.[a-z_]+)`", cells[0])
+        match = re.fullmatch(
+            r"`([A-Z][A-Z_]+|(?:POOLS\.<name>|LIMITS|RETENTION|BREAKER)\.[a-z_]+)`", cells[0]
+        )
         if match and len(cells) >= 2:
             assert match[1] not in found, f"{match[1]} has two rows"
             found[match[1]] = cells[1].strip("`")

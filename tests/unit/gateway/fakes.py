@@ -83,9 +83,7 @@ class MemoryUpkeep:
         self.unlinked: list[str] = []
         self.swept: list[float] = []
         self.done: list[str] = []
-        self.used = Usage(
-            file=8192, wal=0, free=0, events=100, blobs=0, blob_bytes=0, incremental=True
-        )
+        self.used = Usage(file=8192, wal=0, free=0, events=100, blobs=0, blob_bytes=0, incremental=True)
 
     async def weigh(self) -> None:
         await self._store._check()

@@ -80,7 +80,9 @@ def test_after_the_pause_one_run_is_tried() -> None:
     assert circuits.next_trial(0.0) == 10.0
     assert not circuits.trials(9.9)
     assert circuits.trials(10.0) == {"t.f"}
-    assert circuits.next_trial(10.0) is None, "nothing to wait for: a round that finds no runner must not spin"
+    assert circuits.next_trial(10.0) is None, (
+        "nothing to wait for: a round that finds no runner must not spin"
+    )
     circuits.trying("t.f", 7)
     assert not circuits.trials(99.0)
     assert circuits.all_tripped(99.0)[0].trial == 7

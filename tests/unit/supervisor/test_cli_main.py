@@ -29,7 +29,19 @@ from taskkit.wire.messages import ChildStatus, Status
 
 COMMANDS = [
     *("run", "demo", "start", "stop", "restart", "reload", "upgrade", "status"),
-    *("submit", "follow", "tasks", "runs", "runners", "cancel", "release", "reset", "logs", "vacuum", "token"),
+    *(
+        "submit",
+        "follow",
+        "tasks",
+        "runs",
+        "runners",
+        "cancel",
+        "release",
+        "reset",
+        "logs",
+        "vacuum",
+        "token",
+    ),
 ]
 
 

@@ -225,10 +225,22 @@ def test_a_mistyped_variable_is_refused_with_the_known_ones() -> None:
     assert all(f"TASKKIT_{key}" in str(caught.value) for key in FIELDS)
 
 
-@pytest.mark.parametrize("key", [key for key, field in FIELDS.items() if field.type not in (str, str | None)])
+#: Settings that are text, one of some words included.
+TEXTS = {key for key, field in FIELDS.items() if field.type in (str, str | None) or key == "DURABILITY"}
+
+
+@pytest.mark.parametrize("key", sorted(FIELDS.keys() - TEXTS))
 def test_an_environment_value_that_is_no_json_is_named(key: str) -> None:
     with pytest.raises(SettingsError, match=f"TASKKIT_{key} = 'nope'"):
         from_environment({f"TASKKIT_{key}": "nope"})
+
+
+def test_a_word_is_a_text_and_another_word_is_refused_with_those_that_are_known() -> None:
+    assert from_environment({"TASKKIT_DURABILITY": "power"}) == {"DURABILITY": "power"}
+    with pytest.raises(SettingsError, match=r"DURABILITY = 'disk'.*the values are process, power"):
+        load_settings({"DURABILITY": "disk"})
+    with pytest.raises(SettingsError, match=r"POOLS\.x\.start = 'run'.*the values are fork, spawn"):
+        load_settings({"POOLS": {"x": {"start": "run"}}})
 
 
 @pytest.mark.parametrize(

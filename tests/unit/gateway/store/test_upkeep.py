@@ -154,3 +154,12 @@ async def test_runs_that_django_does_not_know_come_in_pages(store: SqliteStore) 
     page = await store.untold(0, 3)
     assert [run.no for run in page] == [2, 4, 6]
     assert [run.no for run in await store.untold(page[-1].no, 3)] == [8, 10]
+
+
+async def test_a_directory_of_large_values_that_somebody_removed_is_an_empty_one(store: SqliteStore) -> None:
+    for file in store.blobs.iterdir():
+        file.unlink()
+    store.blobs.rmdir()
+    usage = await store.upkeep.usage()
+    assert (usage.blobs, usage.blob_bytes) == (0, 0)
+    assert await store.upkeep.sweep(1e12) == (0, 0)

@@ -154,7 +154,9 @@ def test_a_blob_that_cannot_be_written_is_an_error_and_leaves_nothing(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="100000 bytes cannot be stored in the state directory: No space") as error:
+    with pytest.raises(
+        OSError, match="100000 bytes cannot be stored in the state directory: No space"
+    ) as error:
         pipe.emitter.event("tok", "big", b"1" * 100_000)
     assert (error.value.errno, error.value.filename) == (28, str(pipe.blobs)), "it says where"
     monkeypatch.undo()
