@@ -77,7 +77,8 @@ _PARK_RETRY: Final = (200, 2_000)
 #: Seconds for the courier to take the last transitions; what it has not taken waits in the store.
 _TELL_SECONDS: Final = 1.0
 
-Orders = Configure | RunnerUp | Exited | Expired | Link | Drain | Park | Reconfigure | EndStreams
+#: What the supervisor says.
+Orders = GatewayOrder
 
 
 class _End(enum.Enum):

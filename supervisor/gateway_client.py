@@ -24,23 +24,13 @@ from taskkit.errors import NeverReady, RestartIntensityExceeded
 from taskkit.lifecycle import ProcessEvent
 from taskkit.settings import LimitSettings
 from taskkit.wire.messages import (
-    Assigned,
     Beat,
     Configure,
-    Deadline,
-    Disarm,
     Drain,
-    Drained,
     GatewayMessage,
     GatewayReady,
-    Greeted,
-    Kill,
     Message,
-    Notes,
     Park,
-    Reconfigured,
-    Stalled,
-    Stopped,
 )
 
 logger = logging.getLogger("bulkhead.supervisor")
@@ -58,20 +48,8 @@ _SPAWN_PAUSE: Final = 0.5
 #: Starts of the very first gateway before its failure is taken for a boot error, which no restart mends.
 _BOOT_ATTEMPTS: Final = 3
 
-Report = (
-    GatewayReady
-    | Drained
-    | Deadline
-    | Disarm
-    | Kill
-    | Greeted
-    | Assigned
-    | Reconfigured
-    | Stalled
-    | Notes
-    | Stopped
-    | Beat
-)
+#: What a gateway says.
+Report = GatewayMessage
 
 
 def _nothing() -> None:
