@@ -77,7 +77,12 @@ class Courier:
         """Give gateway and courier a fresh socket to each other; an older one is void."""
         if self._channel is None or not self._gateway_is_up():
             return
-        one, other = linux.seqpacket_pair()
+        try:
+            one, other = linux.seqpacket_pair()
+        except OSError as error:  # no descriptor is left: the next courier is linked when there is one
+            logger.error("cannot link the courier: %s", error)
+            self._channel.close()
+            return
         with one, other:
             self._channel.send(Link(), [one.fileno()])
             self._to_gateway(Link(), [other.fileno()])

@@ -81,10 +81,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except TaskkitError as error:
         print_error(str(error))
         return exit_code_of(error)
+    except BrokenPipeError:
+        return _left_alone()
+    except OSError as error:
+        print_error(f"the system refuses: {error}")  # no room on the disk, no descriptor, no process
+        return exits.FAILED
     except KeyboardInterrupt:
         return exits.FAILED
-    except BrokenPipeError:
-        # The reader has left (`| head`). The interpreter flushes once more at its end: give it a place to.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return exits.FAILED
     return exits.OK
+
+
+def _left_alone() -> int:
+    """The reader has left (`| head`). The interpreter flushes once more at its end: give it a place to."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return exits.FAILED

@@ -63,6 +63,9 @@ FLOOD: Final = Sort("chaos_ticks", 0, (800, 2_000), 0.0)
 #: How a submission reaches the tree, by weight; see history.Submission.
 WAYS: Final = {"key": 6, "id": 2, "once": 1, "django": 3}
 
+#: Clients that may follow open runs before another run is submitted; two follow each.
+_MOST: Final = 120
+
 #: Seconds between the tries of one submitter, at most.
 _PATIENCE: Final = 0.5
 
@@ -91,9 +94,14 @@ class Load:
         self.answers: Counter[int] = Counter()
 
     async def run(self, rate: float) -> None:
-        """Submit `rate` runs a second on average, until cancelled. What has begun goes on by itself."""
+        """Submit `rate` runs a second on average, until cancelled. What has begun goes on by itself.
+
+        Fewer while much is open: a tree that is down half of the time would end the attack with an hour of work.
+        """
         while True:
             await trio.sleep(self._rng.expovariate(rate))
+            while self._clients.following > _MOST:
+                await trio.sleep(0.1)
             (sort,) = self._rng.choices(SORTS, [sort.weight for sort in SORTS])
             self.submit(sort)
 
