@@ -111,9 +111,14 @@ class Saboteur:
         lasting = f" for {fault.seconds:.1f} s" if fault.seconds else ""
         hit = f", pid {'+'.join(map(str, victims))}" if victims else ""
         self._say(f"{at - self._began:8.2f} s  {fault.number:4}  {fault.kind.name}{lasting}{hit}")
-        await self._actions[fault.kind.name if fault.kind.name in self._actions else fault.kind.action](
-            fault, victims
-        )
+        action = fault.kind.name if fault.kind.name in self._actions else fault.kind.action
+        try:
+            await self._actions[action](fault, victims)
+        except (
+            OSError,
+            psutil.Error,
+        ) as error:  # the machine has changed under its hand: the next one may do
+            self._say(f"{trio.current_time() - self._began:8.2f} s  {fault.number:4}  went wrong: {error}")
 
     def _victims(self, fault: Fault) -> list[int] | None:
         """Return a pid for each role of the kind, or None when one of them is not there."""
