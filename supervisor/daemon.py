@@ -197,7 +197,10 @@ def serve(config: Config, *, on_ready: OnReady | None = None, on_stopping: OnSto
     try:
         trio.run(_serve, config, on_ready, on_stopping, strict_exception_groups=True)
     except BaseExceptionGroup as group:
-        raise _leading_error(group) from group
+        error = _leading_error(group)
+        if isinstance(error, OSError):  # it becomes one line at the command line, and where it was matters
+            logger.error("the tree has ended: %s", error, exc_info=group)
+        raise error from group
 
 
 def _leading_error(group: BaseExceptionGroup[BaseException]) -> BaseException:

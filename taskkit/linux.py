@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import fcntl
+import functools
 import os
 import signal
 import socket
@@ -130,8 +131,9 @@ def read_from_start(fd: int, limit: int) -> bytes:
     return b"".join(parts)
 
 
+@functools.cache
 def boot_id() -> str:
-    """Return the kernel's name for the time since the last boot."""
+    """Return the kernel's name for the time since the last boot. Read once: later there may be no descriptor for it."""
     return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
 
