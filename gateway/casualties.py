@@ -35,6 +35,7 @@ class Casualties:
         self._runs = runs
         self._quarantined: OrderedDict[str, QuarantinedRow] = OrderedDict()
         self._held: dict[str, str] = {}  # what is said of each task that is held
+        self._changed = True
 
     def load(
         self, opened: Opened, open_runs: Collection[int], moment: float, now: float, batch: Batch
@@ -47,6 +48,7 @@ class Casualties:
 
     def _keep(self, task: str, moment: float, now: float, batch: Batch) -> None:
         """The record of a task has changed: have it written, and its runs wait or not."""
+        self._changed = True
         batch.breakers[task] = self._breaker.dump(task, moment, now)
         batch.full = True
         tripped = self._breaker.tripped(moment, task)
@@ -91,13 +93,14 @@ class Casualties:
 
     def quarantine(self, run: RunRow, now: float) -> None:
         """A run has killed too many runners."""
+        self._changed = True
         self._quarantined[run.id] = QuarantinedRow(run.id, run.task, now)
         while len(self._quarantined) > MAX_QUARANTINED:
             self._quarantined.popitem(last=False)
 
     def released(self, id: str) -> None:
         """A run is performed again as another one."""
-        self._quarantined.pop(id, None)
+        self._changed = self._quarantined.pop(id, None) is not None or self._changed
 
     # --- what holds -----------------------------------------------------------------------------------------
 
@@ -108,6 +111,13 @@ class Casualties:
     def next_trial(self, moment: float) -> float | None:
         """Return when the pause of a held task is over; None when none waits for it."""
         return self._breaker.next_trial(moment)
+
+    def news(self) -> list[str] | None:
+        """Return the notes if something has happened since the last call, which every round makes."""
+        if not self._changed:
+            return None
+        self._changed = False
+        return self.notes()
 
     def notes(self) -> list[str]:
         """Return what an operator has to know, in sentences that change only when something happens."""

@@ -36,7 +36,6 @@ from gateway.store.rows import Batch, EventRow, RunRow
 from gateway.submission import Catalogue, Submission
 from taskkit import failpoints
 from taskkit.errors import LifecycleError, NotWritable
-from taskkit.lifecycle import RunStatus
 from taskkit.settings import Settings
 from taskkit.wire.messages import (
     Answer,
@@ -270,11 +269,6 @@ class Engine:
         was_held: bool = await self.decide(lambda: self.book.reset(task, time.time()))
         return was_held
 
-    def live_status(self, run_no: int) -> RunStatus | None:
-        """Return an open run's state, or None when it has ended."""
-        run = self.book.runs.get(run_no)
-        return None if run is None else run.status
-
     # --- what the supervisor says --------------------------------------------------------------------------
 
     def runner_up(self, message: RunnerUp, fds: list[int]) -> None:
@@ -367,8 +361,8 @@ class Engine:
         await trio.lowlevel.checkpoint()
 
     def _tell_notes(self) -> None:
-        notes = self.book.casualties.notes()
-        if notes != self._notes:
+        notes = self.book.casualties.news()
+        if notes is not None and notes != self._notes:
             self._notes = notes
             self.tell(Notes(notes=notes))
 

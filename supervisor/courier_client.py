@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import socket
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Final
@@ -162,9 +161,7 @@ class Courier:
 
     def keep(self, held: HeldPeer) -> None:
         """Go on with the courier of the image before; call in front of `run`."""
-        child = Child(held.child.name, held.child.pid, held.child.pidfd, group=held.child.group)
-        channel: Channel[CourierReady | Beat] = Channel(socket.socket(fileno=held.control), CourierMessage)
-        self._kept = _Process(child, channel, held.faults, ready=True)
+        self._kept = _Process(*held.take(CourierMessage), held.faults, ready=True)
 
     async def replace(self, grace: float) -> None:
         """Put another process, of the present zygote's code, in its place; return when the old one has left."""

@@ -158,10 +158,7 @@ class Gateway:
 
     def keep(self, held: HeldPeer) -> None:
         """Go on with the gateway of the image before; call in front of `run`."""
-        child = Child(held.child.name, held.child.pid, held.child.pidfd, group=held.child.group)
-        self._next = _Process(
-            child, Channel(socket.socket(fileno=held.control), GatewayMessage), serving=True
-        )
+        self._next = _Process(*held.take(GatewayMessage), serving=True)
 
     async def until_up(self) -> None:
         """Return when one serves; the caller has a deadline."""

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import sys
 from collections.abc import Iterator, Sequence
-from typing import Final
+from typing import Any, Final
 
 import msgspec
 from msgspec import Struct
@@ -18,6 +19,7 @@ from msgspec import Struct
 from supervisor.child import Child
 from supervisor.deadlines import Due
 from taskkit import linux
+from taskkit.channel import Channel
 from taskkit.lifecycle import ProcessState
 from taskkit.wire.messages import Exited, RunnerSpec, ZygoteReady
 
@@ -54,6 +56,15 @@ class HeldPeer(Struct, frozen=True):
     control: int
     faults: int = -1
 
+    def take(self, expected: Any) -> tuple[Child, Channel[Any]]:
+        """Return the process, which is READY as soon as this image says so, and the channel to it.
+
+        Args:
+          expected: struct or union of what it may say.
+        """
+        child = Child(self.child.name, self.child.pid, self.child.pidfd, group=self.child.group)
+        return child, Channel(socket.socket(fileno=self.control), expected)
+
 
 class HeldRunner(Struct, frozen=True):
     """A runner that is not drained."""
@@ -67,6 +78,7 @@ class HeldRunner(Struct, frozen=True):
     retired: bool
     used: bool
     outdated: bool
+    judged: bool
     ordered: str
     detail: str
     exited: Exited | None

@@ -8,7 +8,7 @@ import os
 import secrets
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Final
 
@@ -132,33 +132,23 @@ class Runner:
     def hold(self) -> HeldRunner:
         """Return it for another image of this program."""
         return HeldRunner(
-            spec=self.spec,
             child=handover.hold(self.child),
             near=self.ends.near,
             faults=self.ends.faults,
             pipe_size=self.ends.pipe_size,
-            started_at=self.started_at,
-            retired=self.retired,
-            used=self.used,
-            outdated=self.outdated,
-            ordered=self.ordered,
-            detail=self.detail,
-            exited=self.exited,
+            **{name: getattr(self, name) for name in _KEPT},
         )
+
+
+#: What an upgrade hands over of a runner as it is.
+_KEPT: Final = sorted({field.name for field in fields(Runner)} & {*HeldRunner.__struct_fields__} - {"child"})
 
 
 def _of(held: HeldRunner) -> Runner:
     return Runner(
-        spec=held.spec,
         child=held.child.child(),
         ends=Ends(held.near, (-1, -1, -1), held.faults, held.pipe_size),
-        started_at=held.started_at,
-        retired=held.retired,
-        used=held.used,
-        outdated=held.outdated,
-        ordered=held.ordered,
-        detail=held.detail,
-        exited=held.exited,
+        **{name: getattr(held, name) for name in _KEPT},
     )
 
 

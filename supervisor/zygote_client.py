@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -83,7 +82,8 @@ class Zygote:
         if self._kept is None:
             self._spawn()
         else:
-            ready = self._keep(*self._kept)
+            held, ready = self._kept
+            self.child, self._channel = held.take(ZygoteMessage)
         self.was_spawned = True
         failure: NeverReady | None = None
         async with trio.open_nursery() as nursery:
@@ -121,11 +121,6 @@ class Zygote:
                 ours.close()
                 raise
         self._channel = Channel(ours, ZygoteMessage)
-
-    def _keep(self, held: HeldPeer, ready: ZygoteReady) -> ZygoteReady:
-        self.child = Child(held.child.name, held.child.pid, held.child.pidfd, group=held.child.group)
-        self._channel = Channel(socket.socket(fileno=held.control), ZygoteMessage)
-        return ready
 
     def hold(self) -> HeldPeer | None:
         """Return it for another image of this program; None while a birth is under way, or when it is dead."""

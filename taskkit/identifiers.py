@@ -19,8 +19,6 @@ MAX_EVENT_NAME = 200
 
 _TASK_NAME = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
 _UUID = re.compile(r"[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")
-_OFFSET = re.compile(r"[0-9]{1,18}")
-_LOG_CURSOR = re.compile(r"([0-9]{1,18})\.([0-9]{1,18})")
 _FORBIDDEN_IN_EVENT_NAME = re.compile(r"[\r\n\0]")
 _RESERVED_PREFIXES = ("run.", "stream.")
 
@@ -75,16 +73,3 @@ def check_event_name(name: str) -> str:
     if name.startswith(_RESERVED_PREFIXES) or name in _RESERVED_NAMES:
         raise ValueError(f"the event name {name!r} is reserved; choose another")
     return name
-
-
-def parse_offset(text: str) -> int | None:
-    """Return the offset that a cursor of a run's stream names, or None when it is malformed.
-
-    A log line's cursor (`offset.log`) resumes the events after `offset`.
-    """
-    if len(text) > MAX_CURSOR:
-        return None
-    if _OFFSET.fullmatch(text):
-        return int(text)
-    match = _LOG_CURSOR.fullmatch(text)
-    return int(match[1]) if match else None

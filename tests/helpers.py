@@ -38,6 +38,7 @@ from tests.processes import (
     socket_files,
     strays,
     wait_until_gone,
+    wait_until_only,
 )
 from tests.streams import RawResponse, SseDecoder, SseEvent, collect, raw_get
 
@@ -65,6 +66,7 @@ __all__ = [
     "socket_files",
     "strays",
     "wait_until_gone",
+    "wait_until_only",
 ]
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -246,14 +246,23 @@ def stop(
         raise typer.Exit(exits.FAILED)
 
 
-def _operate(settings: str | None, state_dir: Path | None, name: str, *, json: bool, done: str) -> None:
-    """Have the running tree carry out an operation that takes its time; say `done`, or what went wrong."""
+def _operator(settings: str | None, state_dir: Path | None) -> operate.Operator:
+    """Return a connection to the running tree.
+
+    Raises:
+      NotRunning: there is none.
+    """
     project = connect.choose(settings, state_dir)
     place = state_dir_for(project, state_dir, exactly=False)
     operator = operate.connect(place)
     if operator is None:
         raise connect.not_running(project, place, state_dir)
-    with operator:
+    return operator
+
+
+def _operate(settings: str | None, state_dir: Path | None, name: str, *, json: bool, done: str) -> None:
+    """Have the running tree carry out an operation that takes its time; say `done`, or what went wrong."""
+    with _operator(settings, state_dir) as operator:
         found = operator.ask(name, timeout=_OPERATION_DEADLINE)
     if json:
         print_json(plain(found))
@@ -275,12 +284,7 @@ def reload(settings: SettingsModule = None, state_dir: StateDir = None, json: Js
 
 def upgrade(settings: SettingsModule = None, state_dir: StateDir = None, json: Json = False) -> None:
     """Become the installed version of Bulkhead, in place: runs under way go on, streams come back by themselves."""
-    project = connect.choose(settings, state_dir)
-    place = state_dir_for(project, state_dir, exactly=False)
-    operator = operate.connect(place)
-    if operator is None:
-        raise connect.not_running(project, place, state_dir)
-    with operator:
+    with _operator(settings, state_dir) as operator:
         found = operator.ask_to_leave("upgrade", timeout=_OPERATION_DEADLINE)
     if found is None:  # it is another program by now, which has its own operator socket in the same place
         done = "Upgraded: supervisor, gateway and the code of the next run are of the installed version."

@@ -30,9 +30,6 @@ MAX_PROGRESS_MESSAGE = 200
 #: Seconds before the next attempt when the task allows several and has no `backoff`: 2, 4, 8 … at most this.
 _MAX_DEFAULT_BACKOFF = 300.0
 
-#: Longest wait that a task's own `backoff` may ask for: a year. Beyond it are NaN, infinity and other mistakes.
-_MAX_BACKOFF = 365 * 86_400.0
-
 
 class Attempt:
     """One attempt of a run; implements `taskkit.current.Speaker`.

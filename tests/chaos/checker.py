@@ -314,14 +314,13 @@ def recovery(history: History) -> dict[str, list[float]]:
     """
     plain = [watch for watch in history.watches if watch.client == "plain"]
     arrivals = sorted(((seen, watch.run) for watch in plain for seen in watch.seen), key=lambda it: it[0].at)
-    pids: dict[int, str] = {}
-    for content in history.contents.values():
-        if content.pid:
-            pids[content.pid] = content.run
+    started = [(seen.at, pid, run) for seen, run in arrivals if (pid := history.contents[seen.digest].pid)]
     found: dict[str, list[float]] = {}
     for hit in history.hits:
         if not hit.kind.startswith("kill-"):
             continue
+        # In twenty minutes a number is given to several processes: the latest one before the kill was hit.
+        pids = {pid: run for at, pid, run in started if at <= hit.at}
         after = _next_arrival(hit.kind, hit.at, [pids[pid] for pid in hit.pids if pid in pids], arrivals)
         if after is not None:
             found.setdefault(hit.kind, []).append(after - hit.at)

@@ -55,7 +55,7 @@ def armed() -> Iterator[Armed]:
     with Armed() as running:
         yield running
         code = running.stop()
-    left = helpers.wait_until_gone(helpers.strays() - before, timeout=3.0)
+    left = helpers.wait_until_only(before, timeout=3.0)
     helpers.reap_children()
     assert code == 0, f"exit code {code}"
     assert not left, "; ".join(map(helpers.describe, left))

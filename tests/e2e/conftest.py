@@ -26,7 +26,7 @@ def leaves_nothing(_subreaper: None) -> Iterator[None]:
     sockets = helpers.socket_files()
     descriptors = helpers.open_descriptors()
     yield
-    left = helpers.wait_until_gone(helpers.strays() - processes, timeout=3.0)
+    left = helpers.wait_until_only(processes, timeout=3.0)
     complaints = [helpers.describe(process) for process in left]
     helpers.kill(left)  # the next test starts clean
     helpers.reap_children()

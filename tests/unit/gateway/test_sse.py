@@ -9,6 +9,7 @@ import pytest
 
 from gateway import sse
 from gateway.sse import Cursor, Origin
+from taskkit.identifiers import MAX_CURSOR
 
 
 def test_an_event_is_id_event_data_and_a_blank_line() -> None:
@@ -88,6 +89,9 @@ def test_text_is_what_was_said_as_text(data: bytes, text: bytes) -> None:
         (None, {"last_event_id": "4"}, Cursor(offset=4)),
         (None, {"lastEventId": "5"}, Cursor(offset=5)),
         (None, {"after": "6.7"}, Cursor(offset=6, line=7)),
+        ("007", {}, Cursor(offset=7)),
+        ("0.0", {}, Cursor(line=0)),
+        ("9" * 18, {}, Cursor(offset=10**18 - 1)),
         (None, {"after": "e2-6"}, Cursor(offset=6, epoch=2)),
         ("e10-6.7", {}, Cursor(offset=6, line=7, epoch=10)),
         (None, {"after": "latest"}, Cursor(origin=Origin.LATEST)),
@@ -102,12 +106,24 @@ def test_cursors_of_a_request(header: str | None, query: dict[str, str], cursor:
     "text",
     [
         *("x", "-1", "1.", ".1", "1.2.3", "\uff19", "1" * 19, "0" * 200, "latest", " 1"),
+        *("1 ", "+1", "1e3", "0x1", "1\n", "1\0", "\u0663", "\xb2", "1_0", "1" * (MAX_CURSOR + 1)),
         *("e-1", "e0-1", "e1", "e1-", "E1-1", "e1-x", "1-1", "e01-1", "e1-1-1", "e1-1.", "e1111111111-1"),
     ],
 )
 def test_malformed_last_event_id(text: str) -> None:
     with pytest.raises(ValueError, match="malformed"):
         sse.parse_cursor(text, {})
+
+
+def test_any_text_is_a_cursor_or_malformed(rng: random.Random) -> None:
+    for _ in range(5000):
+        text = "".join(rng.choices("0123456789.e-+ \n\0\u0663", k=rng.randrange(1, 24)))
+        try:
+            cursor = sse.parse_cursor(text, {})
+        except ValueError:
+            continue
+        assert 0 <= cursor.offset < 10**18
+        assert cursor.line is None or 0 <= cursor.line < 10**18
 
 
 def test_an_empty_parameter_is_malformed() -> None:

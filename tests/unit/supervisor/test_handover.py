@@ -34,6 +34,7 @@ def made(fds: list[int]) -> HandOver:
         retired=True,
         used=True,
         outdated=False,
+        judged=True,
         ordered="timeout",
         detail="late",
         exited=Exited(runner="r-1", cause=Cause(kind="signal", signal="SIGSEGV", max_rss=7)),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import time
 import uuid
 
@@ -11,13 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from taskkit.identifiers import (
-    MAX_CURSOR,
     MAX_EVENT_NAME,
     check_event_name,
     is_task_name,
     new_run_id,
     new_token,
-    parse_offset,
     parse_run_id,
 )
 
@@ -151,47 +148,3 @@ def test_an_accepted_event_name_can_never_break_its_line(name: str) -> None:
     line = f"event: {accepted}\n".encode("utf-8", "surrogatepass")
     assert len(line.replace(b"\r", b"\n").splitlines()) == 1 or not {b"\n", b"\r"} & {line[7:-1]}
     assert not set("\r\n\0") & set(accepted)
-
-
-@pytest.mark.parametrize(
-    ("text", "offset"),
-    [("0", 0), ("1", 1), ("481", 481), ("007", 7), ("481.12", 481), ("9" * 18, 10**18 - 1), ("0.0", 0)],
-)
-def test_cursors(text: str, offset: int) -> None:
-    assert parse_offset(text) == offset
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        *(
-            "",
-            " 1",
-            "1 ",
-            "-1",
-            "+1",
-            "1.",
-            ".1",
-            "1.2.3",
-            "1e3",
-            "0x1",
-            "latest",
-            "1\n",
-            "1\0",
-            "٣",
-            "²",
-            "1_0",
-        ),
-        "9" * 19,
-        "1" * (MAX_CURSOR + 1),
-    ],
-)
-def test_malformed_cursors(text: str) -> None:
-    assert parse_offset(text) is None
-
-
-def test_any_text_is_a_cursor_or_none(rng: random.Random) -> None:
-    for _ in range(5000):
-        text = "".join(rng.choices("0123456789.e-+ \n\0٣", k=rng.randrange(24)))
-        found = parse_offset(text)
-        assert found is None or 0 <= found < 10**18

@@ -30,7 +30,6 @@ from taskkit.wire.messages import (
     Hello,
     Order,
     Progress,
-    Row,
     RunnerMessage,
     RunnerSpec,
     Start,
@@ -145,10 +144,6 @@ class Life:
         }
         self.order(Start(token=token, task=task, **values | packed))
         return token
-
-    def start_row(self, task: str, row: Row, **changes: Any) -> str:
-        """Order an attempt of a row."""
-        return self.start(task, row=row, **changes)
 
     def cancel(self, token: str = "tok") -> None:
         """Order a cancellation."""
