@@ -189,6 +189,8 @@ async def _live(
     )
     key = load_or_create_key(Path(configure.key_file))
     retention = Retention(store, settings, configure.boot_id)
+    if not configure.adopting:
+        await retention.inherit()
     app = build_app(engine, Authenticator(key, configure.allowed_hosts, settings.cors_origins), retention)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(engine.run)

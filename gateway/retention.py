@@ -119,11 +119,22 @@ class Retention:
         self._open: list[int] = []
         self._unlinks: list[tuple[float, list[str]]] = []
         self._swept_at = float("-inf")
+        self._inherited: list[str] = []
         self._vacuuming = trio.Lock()
         self._pass = Pass()
         self._last: Pass | None = None
         self._total = Removed()
         self._passes = 0
+
+    async def inherit(self) -> None:
+        """Note the large values that are there while no runner lives: what nothing refers to now, nothing ever will.
+
+        The first pass removes those. A runner that was killed between writing the file and naming it leaves one.
+        """
+        try:
+            self._inherited = await self._store.upkeep.large_values()
+        except OSError as error:  # no descriptor is left: the hourly sweep finds them
+            logger.warning("blobs/ cannot be looked into: %s", error)
 
     async def run(self) -> None:
         """Make passes until cancelled. A store that does not answer delays them."""
@@ -258,10 +269,16 @@ class Retention:
             self._pass.freed_bytes = (await self.vacuum(self._settings.every_seconds))["freed_bytes"]
 
     async def _sweep(self, held: bool) -> None:
+        if self._inherited:
+            self._count(await self._store.upkeep.drop(self._inherited))
+            self._inherited = []
         if held or trio.current_time() < self._swept_at + _SWEEP_EVERY:
             return
         self._swept_at = trio.current_time()
-        number, size = await self._store.upkeep.sweep(self._wall() - _ORPHAN_AGE)
+        self._count(await self._store.upkeep.sweep(self._wall() - _ORPHAN_AGE))
+
+    def _count(self, dropped: tuple[int, int]) -> None:
+        number, size = dropped
         self._pass.blobs += number
         self._pass.blob_bytes += size
 

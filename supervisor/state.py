@@ -26,7 +26,11 @@ KEY = "key"
 
 
 class StateDirectory:
-    """One supervisor's directory. The lock goes with the process, however it dies."""
+    """One supervisor's directory. The lock goes with the process, however it dies.
+
+    It is on the directory itself: a file can be removed by somebody, and two supervisors would then each lock one of
+    their own. LOCK only says who holds it.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -51,40 +55,25 @@ class StateDirectory:
         try:
             self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
             (self.path / BLOBS).mkdir(mode=0o700, exist_ok=True)
-            lock = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            lock = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         except OSError as error:
-            raise SettingsError(
-                f"STATE_DIR = {str(self.path)!r}: {error.strerror}; choose a directory that this user may write "
-                "(--state-dir, TASKKIT_STATE_DIR, or STATE_DIR in settings)"
-            ) from error
+            raise _unusable(self.path, error) from error
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            holder = self._holder(lock)
             os.close(lock)
             raise AlreadyRunning(
-                f"a supervisor{holder} is running on {self.path}; `bulkhead status` shows it, `bulkhead stop` stops "
-                "it, --state-dir chooses another directory"
+                f"a supervisor{_holder(self.path)} is running on {self.path}; `bulkhead status` shows it, "
+                "`bulkhead stop` stops it, --state-dir chooses another directory"
             ) from None
-        self._end_leftovers(lock)
-        os.ftruncate(lock, 0)
-        record = {"pid": os.getpid(), "started": psutil.Process().create_time(), "mark": tree_mark()}
-        os.pwrite(lock, json.dumps(record).encode() + b"\n", 0)
+        try:
+            _end_leftovers(self.path)
+            record = {"pid": os.getpid(), "started": psutil.Process().create_time(), "mark": tree_mark()}
+            _write_record(self.path, json.dumps(record) + "\n")
+        except OSError as error:
+            os.close(lock)
+            raise _unusable(self.path, error) from error
         self._lock = lock
-
-    @staticmethod
-    def _end_leftovers(lock: int) -> None:
-        """Kill what tasks of a supervisor that was killed here have left behind: their runs begin again."""
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # a clean stop leaves no record
-            left = linux.kill_tree(str(json.loads(os.pread(lock, 1000, 0))["mark"]))
-            if left:
-                logger.warning("killed %d process(es) of the tree before: %s", len(left), sorted(left))
-
-    @staticmethod
-    def _holder(lock: int) -> str:
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # it may be anything
-            return f" (pid {json.loads(os.pread(lock, 1000, 0))['pid']})"
-        return ""
 
     def release(self) -> None:
         """Remove what another supervisor would trip over, then let go of the lock; nothing without the lock."""
@@ -93,6 +82,60 @@ class StateDirectory:
         for name in (CONTROL_SOCKET, POKE_SOCKET):
             with contextlib.suppress(FileNotFoundError):
                 (self.path / name).unlink()
-        os.ftruncate(self._lock, 0)
+        with contextlib.suppress(
+            OSError
+        ):  # a full disk, a directory that somebody has removed: it says too much
+            _write_record(self.path, "")
         os.close(self._lock)
         self._lock = -1
+
+
+def holder_of(path: Path) -> int | None:
+    """Return the pid of the supervisor that holds this directory; 0 if it does not say, None when nobody does.
+
+    Takes the lock for a moment, shared, so that several may look; a supervisor that starts at that moment would be
+    refused, so look only when something is wrong.
+    """
+    try:
+        lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return _recorded(path) or 0
+    finally:
+        os.close(lock)
+    return None
+
+
+def _unusable(path: Path, error: OSError) -> SettingsError:
+    return SettingsError(
+        f"STATE_DIR = {str(path)!r}: {error.strerror}; choose a directory that this user may write "
+        "(--state-dir, TASKKIT_STATE_DIR, or STATE_DIR in settings)"
+    )
+
+
+def _write_record(path: Path, text: str) -> None:
+    record = os.open(path / LOCK, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    with os.fdopen(record, "w") as file:
+        file.write(text)
+
+
+def _end_leftovers(path: Path) -> None:
+    """Kill what tasks of a supervisor that was killed here have left behind: their runs begin again."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # a clean stop leaves no record
+        left = linux.kill_tree(str(json.loads((path / LOCK).read_bytes()[:1000])["mark"]))
+        if left:
+            logger.warning("killed %d process(es) of the tree before: %s", len(left), sorted(left))
+
+
+def _recorded(path: Path) -> int | None:
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # it may be anything
+        return int(json.loads((path / LOCK).read_bytes()[:1000])["pid"])
+    return None
+
+
+def _holder(path: Path) -> str:
+    pid = _recorded(path)
+    return f" (pid {pid})" if pid else ""

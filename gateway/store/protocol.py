@@ -44,6 +44,13 @@ class Upkeep(Protocol):
         """Remove large values from before `before` (Unix seconds) that nothing refers to and nothing can refer to
         any more: they are older than every open attempt. Returns (how many, bytes)."""
 
+    async def large_values(self) -> list[str]:
+        """Return the names of all large values that are there, referred to or not."""
+
+    async def drop(self, names: Sequence[str]) -> tuple[int, int]:
+        """Remove those of these large values that nothing refers to; return (how many, bytes). The caller knows that
+        nothing can refer to them any more."""
+
     async def vacuum(self, pages: int) -> int:
         """Give up to `pages` free pages back to the disk; return how many are left."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import stat
 from collections.abc import Iterator, Sequence
@@ -111,7 +112,14 @@ class SqliteUpkeep:
         # First the attempts, then the files: an attempt that begins in between writes younger ones.
         oldest = await self._store.look(retention.oldest_open_attempt)
         before = before if oldest is None else min(before, oldest)
-        names = await trio.to_thread.run_sync(_older_files, self._store.blobs, before)
+        return await self.drop(await trio.to_thread.run_sync(_older_files, self._store.blobs, before))
+
+    async def large_values(self) -> list[str]:
+        """See Upkeep."""
+        return await trio.to_thread.run_sync(_older_files, self._store.blobs, math.inf)
+
+    async def drop(self, names: Sequence[str]) -> tuple[int, int]:
+        """See Upkeep."""
         number = size = 0
         for start in range(0, len(names), _SWEEP_FILES):
             orphans = await self._store.look(retention.unreferenced, names[start : start + _SWEEP_FILES])

@@ -55,7 +55,15 @@ def choose(settings: str | None, flag: Path | None) -> Project:
 
 
 def not_running(project: Project, state_dir: Path, flag: Path | None = None) -> NotRunning:
-    """Return the error for a state directory without a tree."""
+    """Return the error for a state directory without a tree, or whose tree cannot be reached."""
+    from supervisor import state  # 0.2 s that only this error needs
+
+    if (pid := state.holder_of(state_dir)) is not None:
+        who = f"pid {pid}" if pid else "its pid is not known: see `pgrep -f bulkhead`"
+        return NotRunning(
+            f"a supervisor runs on {state_dir} ({who}), but its control.sock is gone: it is starting or stopping "
+            f"(try again), or somebody has removed the file (`kill {pid or 'PID'}` stops it)"
+        )
     presumed = f" ({PRESUMED})" if is_presumed(project, flag) else ""
     return NotRunning(
         f"no tree runs on {state_dir}{presumed}; start one: bulkhead start{flags_of(project, flag)} "

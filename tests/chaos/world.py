@@ -160,7 +160,10 @@ class World:
     async def stop(self) -> int:
         """Stop the tree as an operator would; return its exit code. Raises AssertionError when it stays."""
         self.stopping = True
-        return await trio.to_thread.run_sync(self.tree.stop, 40.0)
+        try:
+            return await trio.to_thread.run_sync(self.tree.stop, 40.0)
+        finally:
+            self._bury(self.tree)
 
     def close(self) -> None:
         """End whatever is left, remove everything."""

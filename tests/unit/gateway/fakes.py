@@ -82,6 +82,7 @@ class MemoryUpkeep:
         self.notes: dict[str, str] = {}
         self.unlinked: list[str] = []
         self.swept: list[float] = []
+        self.dropped: list[str] = []
         self.done: list[str] = []
         self.used = Usage(file=8192, wal=0, free=0, events=100, blobs=0, blob_bytes=0, incremental=True)
 
@@ -122,6 +123,15 @@ class MemoryUpkeep:
         await self._store._check()
         self.swept.append(before)
         return 0, 0
+
+    async def large_values(self) -> list[str]:
+        await self._store._check()
+        return [*self._store.blobs]
+
+    async def drop(self, names: Sequence[str]) -> tuple[int, int]:
+        await self._store._check()
+        self.dropped += names
+        return len(names), 10 * len(names)
 
     async def vacuum(self, pages: int) -> int:
         await self._store._check()

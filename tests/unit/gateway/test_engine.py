@@ -553,15 +553,15 @@ class Killed(BaseException):
 @asynccontextmanager
 async def _doomed(
     tmp_path: Path, at: str, monkeypatch: pytest.MonkeyPatch
-) -> AsyncIterator[tuple[Gate, trio.Event]]:
-    """Give a gateway that is killed when it comes to `at`, once `armed` is set."""
+) -> AsyncIterator[tuple[Gate, trio.Event, trio.Event]]:
+    """Give a gateway that is killed when it comes to `at` with an open run once `armed` is set; then `dead` is."""
     armed, dead = trio.Event(), trio.Event()
 
     async with gate(tmp_path, running=False) as g:
         step = getattr(g.engine, at)
 
         def trap(*args: Any) -> Any:
-            if armed.is_set():
+            if armed.is_set() and g.engine.book.runs:
                 raise Killed
             return step(*args)
 
@@ -575,7 +575,7 @@ async def _doomed(
 
         async with trio.open_nursery() as nursery:
             nursery.start_soon(live)
-            yield g, armed
+            yield g, armed, dead
             with trio.fail_after(20):
                 await dead.wait()
 
@@ -586,7 +586,7 @@ async def test_a_killed_gateways_successor_has_everything_once(
 ) -> None:
     """Killed before the commit, after it, before the orders: the union of both lives is exact."""
     runner = runners()
-    async with _doomed(tmp_path, at, monkeypatch) as (g, armed):
+    async with _doomed(tmp_path, at, monkeypatch) as (g, armed, _):
         _up(g, runner)
         run, token = await g.ran(runner)
         runner.tick(token, *range(10))
@@ -687,13 +687,16 @@ async def test_an_order_that_was_never_sent_is_sent_by_the_successor(
     tmp_path: Path, runners: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runner = runners()
-    async with _doomed(tmp_path, "_act", monkeypatch) as (g, armed):
+    async with _doomed(tmp_path, "_act", monkeypatch) as (g, armed, dead):
         _up(g, runner)
         await g.until(lambda: g.engine.book.runners["r1"].session.seq == 1)
         await g.engine.flush()
         armed.set()
-        with trio.move_on_after(1):
-            await g.engine.submit(submission())
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(g.engine.submit, submission())
+            with trio.fail_after(20):
+                await dead.wait()
+            nursery.cancel_scope.cancel()
     assert not runner.orders()
     async with gate(tmp_path, adopting=[runner]) as g:
         token = await runner.started()

@@ -182,6 +182,20 @@ async def test_orphans_are_looked_for_now_and_then(
     assert len(store.upkeep.swept) == 2
 
 
+async def test_what_lay_there_before_any_runner_lived_goes_at_once(
+    store: MemoryStore, clock: Clock, autojump_clock: trio.testing.MockClock
+) -> None:
+    store.blobs = {"a": b"1", "b": b"2"}
+    one = retention(store, clock)
+    await one.inherit()
+    store.blobs["c"] = b"of a runner that lives"
+    found = await one.look()
+    assert store.upkeep.dropped == ["a", "b"]
+    assert (found.blobs, found.blob_bytes) == (2, 20)
+    await one.look()
+    assert store.upkeep.dropped == ["a", "b"], "once"
+
+
 async def test_a_store_that_does_not_answer_delays_it(
     store: MemoryStore, clock: Clock, autojump_clock: trio.testing.MockClock, caplog: pytest.LogCaptureFixture
 ) -> None:

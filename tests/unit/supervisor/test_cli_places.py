@@ -9,6 +9,7 @@ import pytest
 
 from supervisor.cli import connect, operate, project
 from supervisor.cli.project import DEMO_SETTINGS, Project, control_socket, demo_folder, state_dir_for
+from supervisor.state import StateDirectory
 from taskkit.errors import SettingsError
 from taskkit.wire.messages import Status
 
@@ -129,6 +130,15 @@ def test_beside_a_manage_py_the_demo_is_named(
     assert project.PRESUMED in capsys.readouterr().err
     assert project.PRESUMED in str(connect.not_running(Project.choose(None), tmp_path))
     assert project.PRESUMED not in str(connect.not_running(Project.choose("mine"), tmp_path))
+
+
+def test_a_tree_without_its_operator_socket_is_named(tmp_path: Path) -> None:
+    directory = StateDirectory(tmp_path)
+    directory.acquire()
+    said = str(connect.not_running(Project.choose("mine"), tmp_path))
+    directory.release()
+    assert f"kill {os.getpid()}" in said
+    assert "control.sock is gone" in said
 
 
 def test_a_search_waits_for_the_tree_then_says_that_it_has_stopped(

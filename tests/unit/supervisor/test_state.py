@@ -89,6 +89,29 @@ def test_a_lock_file_that_says_nothing_still_locks(tmp_path: Path, content: str)
     first.release()
 
 
+def test_whoever_removes_the_lock_file_lets_nobody_in(tmp_path: Path) -> None:
+    first, second = StateDirectory(tmp_path), StateDirectory(tmp_path)
+    first.acquire()
+    (tmp_path / state.LOCK).unlink()
+    with pytest.raises(AlreadyRunning):
+        second.acquire()
+    first.release()
+    second.acquire()
+    second.release()
+
+
+def test_who_holds_a_directory(tmp_path: Path) -> None:
+    assert state.holder_of(tmp_path / "missing") is None
+    assert state.holder_of(tmp_path) is None
+    directory = StateDirectory(tmp_path)
+    directory.acquire()
+    assert state.holder_of(tmp_path) == os.getpid()
+    (tmp_path / state.LOCK).unlink()
+    assert state.holder_of(tmp_path) == 0
+    directory.release()
+    assert state.holder_of(tmp_path) is None
+
+
 def test_release_lets_the_next_one_in_and_removes_the_sockets(tmp_path: Path) -> None:
     first, second = StateDirectory(tmp_path), StateDirectory(tmp_path)
     first.acquire()

@@ -112,6 +112,16 @@ class TestSweep:
         await store.commit(Batch(changed_attempts=[attempt]))
         assert await store.upkeep.sweep(200.0) == (1, 5)
 
+    async def test_what_nothing_refers_to_is_dropped_whatever_its_age(self, store: SqliteStore) -> None:
+        for name in (BLOB, OTHER):
+            (store.blobs / name).write_bytes(b"12345")
+        (store.blobs / "README").write_bytes(b"not ours")
+        await store.commit(Batch(runs=[samples.run(1)], events=[samples.event(1, 1, 1, b"", BLOB)]))
+        names = await store.upkeep.large_values()
+        assert sorted(names) == sorted([BLOB, OTHER])
+        assert await store.upkeep.drop(names) == (1, 5)
+        assert await store.upkeep.large_values() == [BLOB]
+
     async def test_nothing_outside_the_directory_is_removed(self, store: SqliteStore) -> None:
         (store.directory / "precious").write_bytes(b"1")
         assert await store.upkeep.unlink(["../precious", "nothing", OTHER]) == 0
