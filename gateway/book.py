@@ -7,7 +7,7 @@ what the store has to commit, and in `after` what may be done once it has. Nobod
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Final
 
 import msgspec
@@ -105,6 +105,10 @@ class Book:
     def batch(self) -> Batch:
         """What the present round commits."""
         return self._plan.batch
+
+    def watch(self, watched: Callable[[], bool]) -> None:
+        """Have pictures taken of runs that change while `watched` says so."""
+        self._plan.watched = watched
 
     @property
     def after(self) -> After:
@@ -204,6 +208,7 @@ class Book:
         self.batch.runs.append(run)
         self.batch.full = True
         self.after.accepted.append(run.no)
+        self._plan.picture(run)
         if submission.key is not None:
             self._use_key(KeyRow(submission.subject, submission.key, submission.digest, run.id, now))
         return run

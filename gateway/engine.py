@@ -23,6 +23,7 @@ import trio
 
 from gateway.accepting import Acceptance
 from gateway.book import Book
+from gateway.changes import Changes
 from gateway.fanout import Hub
 from gateway.intake import Intake
 from gateway.link import CourierLink
@@ -121,6 +122,8 @@ class Engine:
         self.url = url
         self.versions = versions
         self.book = book
+        self.changes = Changes()
+        book.watch(lambda: self.changes.watched)
         self._use(catalogue)
         self.store_error = ""
         self._blobs = blobs
@@ -408,6 +411,7 @@ class Engine:
             self.hub.opened(no, 0)
         for no in after.ended:
             self.hub.ended(no)
+        self.changes.publish(after.changed)
         for message in after.control:
             self.tell(message)
         for id, order in after.orders:

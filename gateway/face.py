@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Protocol
 
+from gateway.changes import Changes
 from gateway.fanout import Hub
 from gateway.store.protocol import Store
 from gateway.store.rows import RunRow
@@ -43,6 +44,8 @@ class Engine(Protocol):
     def store(self) -> Store: ...
     @property
     def hub(self) -> Hub: ...
+    @property
+    def changes(self) -> Changes: ...
     @property
     def catalogue(self) -> Catalogue: ...
     @property

@@ -6,7 +6,8 @@ committed.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any
 
 import msgspec
@@ -25,9 +26,13 @@ class Plan:
     Args:
       next_pos: position of the next event in the store.
       untold: runs that Django has to be told of.
+
+    Attributes:
+      watched: whether anybody wants pictures of runs that change.
     """
 
     def __init__(self, next_pos: int, untold: Untold) -> None:
+        self.watched: Callable[[], bool] = lambda: False
         self._next_pos = next_pos
         self._untold = untold
         self.batch = Batch()
@@ -104,3 +109,9 @@ class Plan:
         self.batch.changed[run.no] = run
         self.batch.full = True
         self._untold.add(run)
+        self.picture(run)
+
+    def picture(self, run: RunRow) -> None:
+        """Keep the run as it is now for those who watch."""
+        if self.watched():
+            self.after.changed.append(replace(run))

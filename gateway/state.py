@@ -73,6 +73,7 @@ class After:
       orders: orders by runner.
       created: answers of intake runners.
       ended: numbers of runs that have ended.
+      changed: pictures of runs after each change of their state, while anybody watches.
       drained: runners that have nothing left to say.
     """
 
@@ -81,4 +82,5 @@ class After:
     created: list[Created] = field(default_factory=list)
     accepted: list[int] = field(default_factory=list)
     ended: list[int] = field(default_factory=list)
+    changed: list[RunRow] = field(default_factory=list)
     drained: list[str] = field(default_factory=list)

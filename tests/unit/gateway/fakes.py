@@ -15,6 +15,7 @@ import trio
 
 from gateway.app import build_app
 from gateway.auth import Authenticator
+from gateway.changes import Changes
 from gateway.fanout import Hub
 from gateway.retention import Retention
 from gateway.store.protocol import StoreError
@@ -275,6 +276,7 @@ class StubEngine:
 
     store: MemoryStore = field(default_factory=MemoryStore)
     hub: Hub = field(default_factory=Hub)
+    changes: Changes = field(default_factory=Changes)
     catalogue: Catalogue = field(default_factory=lambda: Catalogue([COUNT, EXAMPLE]))
     settings: Settings = field(default_factory=Settings)
     refusal: Exception | None = None
