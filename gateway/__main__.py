@@ -292,8 +292,13 @@ def main(argv: list[str]) -> int:
         return 0
     if os.getppid() != int(argv[2]):
         return 0  # it died while this process began
-    trio.run(_main, control, supervisor)
-    return 0
+    code = 0
+    try:
+        trio.run(_main, control, supervisor)
+    except* StoreError as errors:  # the disk was full, for example, for as long as an opening waits
+        logger.error("the store cannot be opened: %s", errors.exceptions[0], exc_info=errors)
+        code = os.EX_TEMPFAIL
+    return code
 
 
 if __name__ == "__main__":

@@ -40,6 +40,11 @@ class Exit:
             return signal_name(os.WTERMSIG(self.status))
         return f"exit code {os.waitstatus_to_exitcode(self.status)}"
 
+    @property
+    def may_pass(self) -> bool:
+        """Whether a start may succeed after this without anybody's help: it was killed, or said to try again."""
+        return os.WIFSIGNALED(self.status) or os.waitstatus_to_exitcode(self.status) == os.EX_TEMPFAIL
+
 
 class Child:
     """A process whose parent is this one. Owns the pidfd, so the pid cannot become another's unnoticed.
@@ -62,6 +67,17 @@ class Child:
     def happen(self, event: ProcessEvent) -> None:
         """Move to the next state."""
         self.state = next_process_state(self.state, event)
+
+    def ready(self) -> bool:
+        """It says that it is ready; return whether that counts.
+
+        It does not when the word comes late: the process has died since, or was told to leave. Its end is then the
+        next thing that is heard of it.
+        """
+        if self.state is not ProcessState.STARTING:
+            return False
+        self.happen(ProcessEvent.READY)
+        return True
 
     async def wait(self) -> Exit:
         """Wait for the end, kill what its group left behind, reap. Any number of tasks may wait.

@@ -18,7 +18,6 @@ from supervisor.policy import LONGEST_DELAY, RestartPolicy
 from supervisor.zygote_client import ForkError
 from taskkit import linux
 from taskkit.channel import Channel
-from taskkit.lifecycle import ProcessEvent
 from taskkit.wire.messages import Beat, CourierMessage, CourierReady, Link, Message, Stop
 
 logger = logging.getLogger("bulkhead.supervisor")
@@ -143,7 +142,8 @@ class Courier:
                 self._is_up(process)
 
     def _is_up(self, process: _Process) -> None:
-        process.child.happen(ProcessEvent.READY)
+        if not process.child.ready():
+            return
         self.policy.ready(trio.current_time())
         self._channel = process.channel
         self.link()

@@ -21,7 +21,6 @@ from supervisor.runners import Runner
 from taskkit import linux
 from taskkit.channel import Channel
 from taskkit.errors import NeverReady, RestartIntensityExceeded
-from taskkit.lifecycle import ProcessEvent
 from taskkit.settings import LimitSettings
 from taskkit.wire.messages import (
     Beat,
@@ -107,6 +106,7 @@ class Gateway:
         self.up = False
         self.stopping = False
         self.last_exit = ""
+        self._may_pass = False
 
     @property
     def pids(self) -> set[int]:
@@ -183,10 +183,7 @@ class Gateway:
                 continue
             delay = self.policy.died(trio.current_time())
             if self._announce is not _nothing and self.policy.restarts >= _BOOT_ATTEMPTS:
-                raise NeverReady(
-                    f"the gateway does not come up: {self.policy.restarts} times it left with {self.last_exit}; "
-                    "its log is above"
-                )
+                raise self._never_up()
             if delay is None:
                 raise RestartIntensityExceeded(
                     f"the gateway died {self.policy.restarts} times within {self.policy.period:.0f} s "
@@ -194,6 +191,15 @@ class Gateway:
                 )
             logger.error("the gateway died (%s); starting another in %.1f s", self.last_exit, delay)
             await trio.sleep(delay)
+
+    def _never_up(self) -> NeverReady:
+        error = NeverReady(
+            f"the gateway does not come up: {self.policy.restarts} times it left with {self.last_exit}; "
+            "its log is above"
+        )
+        if self._may_pass:  # no bad configuration, for which a service manager would not try again
+            error.exit_code = 1
+        return error
 
     async def _spawn(self) -> _Process:
         """Start a process as soon as the machine has room for one.
@@ -230,7 +236,8 @@ class Gateway:
                 self._on_down()
                 # Two readers on one pipe corrupt it: the next gateway may only start when this one is gone.
                 with trio.CancelScope(shield=True):
-                    self.last_exit = str(await child.end(5.0 if self.stopping else 0.0))
+                    left = await child.end(5.0 if self.stopping else 0.0)
+                self.last_exit, self._may_pass = str(left), left.may_pass
                 channel.close()
                 nursery.cancel_scope.cancel()
 
@@ -246,7 +253,8 @@ class Gateway:
             self.send(self._draining)
 
     def _is_up(self, child: Child) -> None:
-        child.happen(ProcessEvent.READY)
+        if not child.ready():
+            return
         self.policy.ready(trio.current_time())
         self.up = True
         self._on_up()

@@ -114,10 +114,8 @@ class Runner:
 
     def greeted(self) -> None:
         """It has said hello."""
-        if self.child.state is ProcessState.STARTING:
-            self.child.happen(ProcessEvent.READY)
-            if self.retired:
-                self.retire()
+        if self.child.ready() and self.retired:
+            self.retire()
 
     def announcement(self, *, adopted: bool) -> RunnerUp:
         """The message that brings it to a gateway."""

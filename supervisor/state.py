@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import logging
 import os
 from pathlib import Path
+from typing import Final
 
 import psutil
 
 from supervisor.child import tree_mark
 from taskkit import linux
-from taskkit.errors import AlreadyRunning, SettingsError
+from taskkit.errors import AlreadyRunning, SettingsError, SupervisorError, TaskkitError
 
 logger = logging.getLogger("bulkhead.supervisor")
 
@@ -23,6 +25,15 @@ CONTROL_SOCKET = "control.sock"
 POKE_SOCKET = "poke.sock"
 BLOBS = "blobs"
 KEY = "key"
+
+#: Bytes of the record in LOCK.
+RECORD_BYTES: Final = 512
+
+
+class NoRoom(SupervisorError):
+    """The disk of the state directory is full: a start may succeed later, so it is no bad configuration."""
+
+    exit_code = 1
 
 
 class StateDirectory:
@@ -69,7 +80,7 @@ class StateDirectory:
         try:
             _end_leftovers(self.path)
             record = {"pid": os.getpid(), "started": psutil.Process().create_time(), "mark": tree_mark()}
-            _write_record(self.path, json.dumps(record) + "\n")
+            _write_record(self.path, json.dumps(record))
         except OSError as error:
             os.close(lock)
             raise _unusable(self.path, error) from error
@@ -109,7 +120,9 @@ def holder_of(path: Path) -> int | None:
     return None
 
 
-def _unusable(path: Path, error: OSError) -> SettingsError:
+def _unusable(path: Path, error: OSError) -> TaskkitError:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return NoRoom(f"STATE_DIR = {str(path)!r}: {error.strerror}; make room there, then start again")
     return SettingsError(
         f"STATE_DIR = {str(path)!r}: {error.strerror}; choose a directory that this user may write "
         "(--state-dir, TASKKIT_STATE_DIR, or STATE_DIR in settings)"
@@ -117,22 +130,26 @@ def _unusable(path: Path, error: OSError) -> SettingsError:
 
 
 def _write_record(path: Path, text: str) -> None:
-    record = os.open(path / LOCK, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-    with os.fdopen(record, "w") as file:
-        file.write(text)
+    """Write over what is there, always as many bytes: a disk that has filled up has room for them."""
+    record = os.open(path / LOCK, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        os.pwrite(record, text.encode().ljust(RECORD_BYTES - 1) + b"\n", 0)
+        os.ftruncate(record, RECORD_BYTES)
+    finally:
+        os.close(record)
 
 
 def _end_leftovers(path: Path) -> None:
     """Kill what tasks of a supervisor that was killed here have left behind: their runs begin again."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # a clean stop leaves no record
-        left = linux.kill_tree(str(json.loads((path / LOCK).read_bytes()[:1000])["mark"]))
+        left = linux.kill_tree(str(json.loads((path / LOCK).read_bytes()[:RECORD_BYTES])["mark"]))
         if left:
             logger.warning("killed %d process(es) of the tree before: %s", len(left), sorted(left))
 
 
 def _recorded(path: Path) -> int | None:
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # it may be anything
-        return int(json.loads((path / LOCK).read_bytes()[:1000])["pid"])
+        return int(json.loads((path / LOCK).read_bytes()[:RECORD_BYTES])["pid"])
     return None
 
 

@@ -18,7 +18,6 @@ from supervisor.handover import HeldPeer
 from taskkit import linux
 from taskkit.channel import Channel
 from taskkit.errors import NeverReady, RemoteWireError
-from taskkit.lifecycle import ProcessEvent
 from taskkit.wire.messages import (
     Fork,
     Forked,
@@ -91,7 +90,7 @@ class Zygote:
             nursery.start_soon(self._channel.run)
             try:
                 task_status.started(ready or await self._first_message())
-                self.child.happen(ProcessEvent.READY)
+                self.child.ready()
                 await self._listen()
             except NeverReady as error:
                 failure = error

@@ -13,6 +13,10 @@ class StoreError(Exception):
     """The store cannot be written or read now (disk full, read-only, I/O error). Try the same again later."""
 
 
+class StoreTooNew(Exception):
+    """A newer version of this program wrote the store. Trying again does not help."""
+
+
 class Upkeep(Protocol):
     """What keeps a store from growing for ever, in pieces so small that commits do not notice.
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from typing import Final
 
-from gateway.store.protocol import StoreError
+from gateway.store.protocol import StoreTooNew
 from gateway.store.rows import AttemptRow, EventRow, KeyRow, OutputRow, RunRow
 
 RUN_COLUMNS: Final = tuple(field.name for field in fields(RunRow))
@@ -172,7 +172,7 @@ def migrate(connection: sqlite3.Connection, steps: Sequence[Sequence[str]] = STE
     """Take the steps that the file lacks, all in one transaction.
 
     Raises:
-      StoreError: the file has taken steps that this version does not know. Nothing has changed.
+      StoreTooNew: the file has taken steps that this version does not know. Nothing has changed.
     """
     connection.execute("BEGIN IMMEDIATE")
     try:
@@ -190,7 +190,7 @@ def _take_steps(connection: sqlite3.Connection, steps: Sequence[Sequence[str]]) 
     )
     taken = int(get_meta(connection, "schema") or 0)
     if taken > len(steps):
-        raise StoreError(
+        raise StoreTooNew(
             f"the store has schema {taken}, this version of Bulkhead knows {len(steps)}: a newer wrote it. "
             "Install that version again, or name another state directory"
         )

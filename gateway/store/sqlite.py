@@ -196,8 +196,8 @@ class SqliteStore:
         Not cancellable once begun. After a StoreError it can be tried again.
 
         Raises:
-          StoreError: another process holds the lock (the message names it), a newer version wrote the store,
-            or the disk does not answer.
+          StoreError: another process holds the lock (the message names it), or the disk does not answer.
+          StoreTooNew: a newer version wrote the store.
         """
         if self._parts is not None:
             raise StoreError("the store is open already")

@@ -110,7 +110,7 @@ def test_start_returns_when_ready_and_stop_when_gone(daemon: Daemon) -> None:
     assert stopped.returncode == 0, stopped.stderr
     assert "Stopped." in stopped.stdout
     assert helpers.wait_until_gone(tree, 0.5) == []
-    assert (daemon.state_dir / "lock").read_text() == ""
+    assert (daemon.state_dir / "lock").read_text().strip() == ""
     assert not [path for path in daemon.state_dir.rglob("*") if path.is_socket()]
     assert daemon.run("status").returncode == 1
     assert daemon.run("stop").returncode == 0, "nothing to stop is no failure"

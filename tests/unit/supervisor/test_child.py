@@ -57,6 +57,18 @@ async def test_the_signal_is_told(start: Start, deadline: Deadline, number: int,
         assert str(await child.wait()) == name
 
 
+async def test_a_late_word_of_readiness_does_not_count(start: Start, deadline: Deadline) -> None:
+    left, told, living = await start(LEAVES), await start(WAITS), await start(WAITS)
+    assert living.ready()
+    assert not living.ready(), "once"
+    told.terminate()
+    assert not told.ready()
+    with deadline(10):
+        await left.wait()
+    assert not left.ready()
+    assert left.state is ProcessState.EXITED
+
+
 async def test_memory_and_cpu_are_told(start: Start, deadline: Deadline) -> None:
     child = await start(
         """

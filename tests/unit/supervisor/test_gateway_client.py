@@ -245,17 +245,36 @@ async def test_silence_and_garbage_are_ended_and_replaced(
     assert office.gateway.last_exit in ("SIGTERM", "SIGKILL")
 
 
-@pytest.mark.parametrize("source", ["sys.exit(4)", "hear(); hear()"], ids=["leaves", "hangs"])
-async def test_one_that_never_comes_up_is_a_boot_error(
-    office: Office, monkeypatch: pytest.MonkeyPatch, source: str
+async def test_a_word_that_comes_too_late_or_twice_is_no_news(office: Office) -> None:
+    office.program("say(GatewayReady()); say(GatewayReady()); hear(); os.kill(os.getpid(), signal.SIGKILL)")
+    async with trio.open_nursery() as nursery:
+        with trio.fail_after(20):
+            await nursery.start(office.gateway.run)
+            await office.until(lambda: office.ups == 2)
+        assert office.downs >= 1
+        nursery.cancel_scope.cancel()
+
+
+@pytest.mark.parametrize(
+    ("source", "code"),
+    [
+        ("sys.exit(4)", 2),
+        ("hear(); hear()", 1),  # hangs, and is killed
+        ("sys.exit(os.EX_TEMPFAIL)", 1),
+    ],
+    ids=["leaves", "hangs", "no-room"],
+)
+async def test_one_that_never_comes_up_is_a_boot_error_unless_it_may_pass(
+    office: Office, monkeypatch: pytest.MonkeyPatch, source: str, code: int
 ) -> None:
     monkeypatch.setattr(room, "READY_SECONDS", 0.5)
     office.program(source)
     with trio.fail_after(30):
         async with trio.open_nursery() as nursery:
-            with pytest.raises(NeverReady, match="does not come up: 3 times"):
+            with pytest.raises(NeverReady, match="does not come up: 3 times") as caught:
                 await nursery.start(office.gateway.run)
     assert office.ups == 0
+    assert caught.value.exit_code == code
 
 
 async def test_one_that_keeps_dying_is_given_up(office: Office) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -53,7 +54,7 @@ def test_the_lock_file_names_its_holder(tmp_path: Path) -> None:
     assert record["started"] == psutil.Process().create_time()
     assert record["mark"] == tree_mark()
     directory.release()
-    assert (tmp_path / state.LOCK).read_text() == ""
+    assert (tmp_path / state.LOCK).read_text().strip() == ""
 
 
 def test_a_second_supervisor_is_refused_and_told_the_pid(tmp_path: Path) -> None:
@@ -141,7 +142,7 @@ def test_the_lock_goes_with_a_killed_holder(tmp_path: Path) -> None:
 
 
 def test_a_longer_record_of_a_predecessor_leaves_no_rest(tmp_path: Path) -> None:
-    (tmp_path / state.LOCK).write_text("x" * 500)
+    (tmp_path / state.LOCK).write_text("x" * 5000)
     directory = StateDirectory(tmp_path)
     directory.acquire()
     assert json.loads((tmp_path / state.LOCK).read_text())["pid"] == os.getpid()
@@ -157,3 +158,19 @@ def test_a_directory_that_cannot_be_made_is_named_with_a_remedy(tmp_path: Path, 
         StateDirectory(wanted).acquire()
     for words in (f"STATE_DIR = '{wanted}'", "--state-dir", "TASKKIT_STATE_DIR"):
         assert words in str(caught.value)
+
+
+def test_a_full_disk_is_no_bad_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "pwrite", full)
+    with pytest.raises(state.NoRoom, match="make room") as caught:
+        StateDirectory(tmp_path).acquire()
+    assert caught.value.exit_code == 1
+    monkeypatch.undo()
+    directory = StateDirectory(tmp_path)
+    directory.acquire()
+    assert (tmp_path / state.LOCK).stat().st_size == state.RECORD_BYTES
+    directory.release()
+    assert (tmp_path / state.LOCK).stat().st_size == state.RECORD_BYTES, "the next record needs no room"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from gateway.store.protocol import StoreError
+from gateway.store.protocol import StoreTooNew
 from gateway.store.schema import STEPS, get_meta, migrate, set_meta
 
 _OLD = ("CREATE TABLE old (a)",)
@@ -50,7 +50,7 @@ def test_only_the_missing_steps_are_taken(connection: sqlite3.Connection) -> Non
 
 def test_a_newer_schema_is_refused_with_a_remedy(connection: sqlite3.Connection) -> None:
     migrate(connection, (_OLD, _NEW))
-    with pytest.raises(StoreError, match=r"schema 2.*knows 1.*Install that version"):
+    with pytest.raises(StoreTooNew, match=r"schema 2.*knows 1.*Install that version"):
         migrate(connection, (_OLD,))
     assert get_meta(connection, "schema") == "2"
     assert not connection.in_transaction
