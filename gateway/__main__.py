@@ -175,7 +175,7 @@ async def _live(
     store = SqliteStore(directory, boot_id=configure.boot_id, durability=settings.durability)
     opened = await _open(store)
     failpoints.hit("gateway.opened")
-    hub = Hub()
+    hub = Hub(settings.fast_path)
     engine = Engine(
         store=store,
         book=Book(settings, opened, configure.adopting, time.time(), trio.current_time()),
@@ -194,6 +194,7 @@ async def _live(
     app = build_app(engine, Authenticator(key, configure.allowed_hosts, settings.cors_origins), retention)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(engine.run)
+        nursery.start_soon(hub.broadcast.run)
         nursery.start_soon(_beat, channel.send, settings.limits.gateway_beat_seconds)
         await engine.flush()  # what was lost with the last supervisor is on disk before anybody can ask
         service = _Service(app, listener, settings)

@@ -96,18 +96,31 @@ class Peer:
       http_version: "1.0" (answers are not chunked) or "1.1".
     """
 
-    __slots__ = ("_socket", "client", "http_version")
+    __slots__ = ("_socket", "_write", "client", "http_version")
 
     def __init__(
-        self, sock: trio.socket.SocketType, client: tuple[str, int] | None, http_version: str
+        self,
+        sock: trio.socket.SocketType,
+        client: tuple[str, int] | None,
+        http_version: str,
+        write: Callable[[bytes | memoryview], Awaitable[None]],
     ) -> None:
         self._socket = sock
+        self._write = write
         self.client = client
         self.http_version = http_version
 
     def fileno(self) -> int:
         """Return the socket's descriptor, or -1 when the connection is over."""
         return self._socket.fileno()
+
+    async def write(self, data: bytes | memoryview) -> None:
+        """Write bytes of the response as they are, behind what was sent so far; for who frames them himself.
+
+        Ends like every write within `ServeLimits.write_seconds` of its last progress, then with a reset. Cancelling
+        waits for it.
+        """
+        await self._write(data)
 
     def abort(self) -> None:
         """End the connection at once with RST; unsent bytes are dropped. Again and again does nothing."""
@@ -369,7 +382,7 @@ class Connection:
         """Start the application for one request; return what takes its events. hypercorn calls this."""
         inbox = _Inbox()
         assert scope["type"] == "http"
-        scope["state"]["peer"] = Peer(self._socket, self._client, scope["http_version"])
+        scope["state"]["peer"] = Peer(self._socket, self._client, scope["http_version"], self._write)
         self._nursery.start_soon(self._perform, scope, inbox, send)
         return inbox.put
 
@@ -406,7 +419,7 @@ class Connection:
             wait = self._limits.keep_alive_seconds if event.idle else math.inf
             self._reading.deadline = trio.current_time() + wait
 
-    async def _write(self, data: bytes) -> None:
+    async def _write(self, data: bytes | memoryview) -> None:
         """Write all of `data`, or give the connection up.
 
         Shielded, since half a chunk would spoil the stream, and h11 believes already that these bytes are

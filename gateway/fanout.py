@@ -19,6 +19,7 @@ from typing import Final, Self
 import trio
 
 from gateway import sse
+from gateway.broadcast import Broadcast
 from gateway.store.rows import EventRow, OutputRow
 
 #: Most events a ring keeps. At 50 events/s this is 20 s of a stream: any client that is further behind reads
@@ -202,9 +203,14 @@ class Subscription:
 
 
 class Hub:
-    """Everybody who follows any run of this gateway."""
+    """Everybody who follows any run of this gateway.
 
-    def __init__(self) -> None:
+    Args:
+      fast_path: whether those who are up to date are written to by `broadcast`.
+    """
+
+    def __init__(self, fast_path: bool = True) -> None:
+        self.broadcast = Broadcast(fast_path)
         self._runs: dict[int, _Run] = {}
         self._published = 0
         self.closing = False
@@ -238,6 +244,7 @@ class Hub:
                 state.ring.clear()
         self._published += len(events)
         state.wake()
+        self.broadcast.news(run)
 
     def publish_output(self, run: int, rows: Sequence[OutputRow]) -> None:
         """Tell those who read output that there are committed lines; they read them from the store.
@@ -275,6 +282,7 @@ class Hub:
         self.farewell = farewell
         for state in self._runs.values():
             state.wake()
+        self.broadcast.end()
 
     def attach(self, run: int, epoch: int = 0) -> Subscription:
         """Return a subscription to the run with this number, open or not; use it as a context manager.
@@ -292,6 +300,9 @@ class Hub:
             "ring_events": sum(len(ring) for ring in rings),
             "ring_bytes": sum(ring.weight for ring in rings),
             "published": self._published,
+            "riders": self.broadcast.riders,
+            "fast_deliveries": self.broadcast.deliveries,
+            "shortfalls": self.broadcast.shortfalls,
         }
 
     def _join(self, number: int, epoch: int) -> _Run:

@@ -120,6 +120,11 @@ class Follower:
             self.done = self.done or self._subscription.batch(self.after) == []
         return pieces
 
+    @property
+    def is_live(self) -> bool:
+        """Whether what follows is told by the hub alone: no output is wanted, and the run is open there."""
+        return not (self._output or self._unknown or self._subscription.tail is None)
+
     async def wait(self) -> None:
         """Return when reading is worth while again; see Subscription.wait for limits and cancellation."""
         if self._held or self._unknown:

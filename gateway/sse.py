@@ -77,6 +77,11 @@ def retry(milliseconds: int) -> bytes:
     return b"retry: %d\n\n" % max(0, milliseconds)
 
 
+def chunk(data: bytes) -> bytes:
+    """Return `data`, which must not be empty, as one chunk (RFC 9112 §7.1)."""
+    return b"%x\r\n%b\r\n" % (len(data), data)
+
+
 def reset_data(start: int, reason: str) -> bytes:
     """Return the data of `stream.reset`: what the client has is void, the stream goes on at `start`."""
     return msgspec.json.encode({"from": start, "reason": reason})

@@ -17,7 +17,8 @@ import trio
 from starlette.types import Receive, Scope, Send
 
 from gateway import sse
-from gateway.fanout import Entry, Hub
+from gateway.connection import Peer
+from gateway.fanout import Entry, Hub, Subscription
 from gateway.following import Follower, Line, Piece
 from gateway.leaving import Client, watched
 from gateway.sse import Cursor
@@ -142,7 +143,7 @@ class RunStream:
             greeting = sse.HEARTBEAT + sse.retry(random.randint(1000, 3000))
             await send({"type": "http.response.body", "body": greeting, "more_body": True})
         async with watched(receive) as client:
-            farewell = await self._follow(client, send)
+            farewell = await self._follow(client, send, self._outlet(scope))
         if not client.gone:
             await send({"type": "http.response.body", "body": farewell})
 
@@ -153,7 +154,7 @@ class RunStream:
         life = float("inf") if self._wish.life is None else self._wish.life * random.uniform(0.8, 1.2)
         return trio.current_time() + max(0.0, min(life, self._wish.expires_in))
 
-    async def _follow(self, client: Client, send: Send) -> bytes:
+    async def _follow(self, client: Client, send: Send, peer: Peer | None) -> bytes:
         """Send everything until the stream ends; return the bytes to end it with."""
         ends_at = self._ends_at()
         self._silent_since = trio.current_time()
@@ -169,8 +170,30 @@ class RunStream:
                 if subscription.closing:
                     return sse.retry(random.randint(*self._hub.farewell)) if self._rendering.retries else b""
                 if not pieces:
-                    await client.wait(wait, min(ends_at, self._silent_since + HEARTBEAT_SECONDS))
+                    until = min(ends_at, self._silent_since + HEARTBEAT_SECONDS)
+                    if peer is not None and follower.is_live:
+                        await self._ride(peer, subscription, follower, client, until)
+                    else:
+                        await client.wait(wait, until)
                     await self._break_silence(client, send)
+
+    def _outlet(self, scope: Scope) -> Peer | None:
+        """Return the socket of a response whose bytes are the same for everybody; None: each goes its own way."""
+        if self._wish.rendering != sse.EVENT_STREAM or self._wish.output or not self._hub.broadcast.enabled:
+            return None
+        peer: Peer | None = scope.get("state", {}).get("peer")
+        return peer
+
+    async def _ride(
+        self, peer: Peer, subscription: Subscription, follower: Follower, client: Client, until: float
+    ) -> None:
+        """Have what comes next written by the broadcast, for as long as the client keeps up."""
+        with self._hub.broadcast.seat(self._run.no, subscription, follower.after, peer) as seat:
+            await client.wait(seat.ride, until)
+        follower.after = seat.after
+        self._silent_since = max(self._silent_since, seat.written_at)
+        if seat.rest is not None and not client.gone:
+            await peer.write(seat.rest)
 
     async def _read(self, follower: Follower) -> tuple[list[Piece], Callable[[], Any]]:
         """Return what is next, and what to wait for when that is nothing."""

@@ -159,6 +159,7 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, re
         per commit.
       intake_runners: runners that validate and save model tasks submitted over HTTP.
       start_on_connect: whether a GET on a seed's route may start a row that never ran.
+      fast_path: whether subscribers who are up to date are written to directly, past the HTTP library.
     """
 
     state_dir: str | None = None
@@ -175,6 +176,7 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, re
     durability: Literal["process", "power"] = "process"
     intake_runners: Annotated[int, Meta(ge=0)] = 1
     start_on_connect: bool = False
+    fast_path: bool = True
 
     def replace(self, **fields: Any) -> Settings:
         """Return these settings with other values for the fields that are named."""

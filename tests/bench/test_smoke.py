@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from tests.bench import __main__ as command
-from tests.bench import events, retention, start
+from tests.bench import crowd, events, retention, start
 from tests.bench.figures import Figure, figure, ratio, table
 from tests.bench.registry import BENCHMARKS
 from tests.helpers import ROOT
@@ -41,8 +41,12 @@ async def test_retention() -> None:
     complete(await retention.measure(old=3000, quiet=20))
 
 
+def test_crowd() -> None:
+    complete(crowd.measure(repetitions=1, crowd=20, events=20))
+
+
 def test_every_benchmark_is_smoked_here() -> None:
-    assert set(BENCHMARKS) == {"start", "events", "retention"}
+    assert set(BENCHMARKS) == {"start", "events", "retention", "crowd"}
 
 
 def test_percentiles_are_measured_values() -> None:
@@ -72,7 +76,7 @@ def test_an_unknown_name_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as left:
         command.main(["nothing"])
     assert left.value.code == 2
-    assert "there are events, retention, start" in capsys.readouterr().err
+    assert "there are crowd, events, retention, start" in capsys.readouterr().err
 
 
 def test_json_has_every_figure(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

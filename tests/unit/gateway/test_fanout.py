@@ -95,6 +95,9 @@ async def test_nobody_listens_nothing_is_kept() -> None:
         "ring_events": 0,
         "ring_bytes": 0,
         "published": 50,
+        "riders": 0,
+        "fast_deliveries": 0,
+        "shortfalls": 0,
     }
     with hub.attach(1) as one:
         hub.publish(1, rows(51, 60))
