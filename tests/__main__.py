@@ -34,7 +34,8 @@ FOLDERS = {
     "arch": ("tests/arch",),
     "guards": (GUARDS,),
     "moments": (MOMENTS,),
-    "e2e": ("tests/e2e",),
+    "e2e": ("tests/e2e", "-m", "not alone"),
+    "alone": ("tests/e2e", "-m", "alone"),
     "chaos": ("tests/chaos", f"--ignore={MOMENTS}", f"--ignore={GUARDS}"),
     "bench-smoke": ("tests/bench",),
 }
@@ -43,6 +44,10 @@ GROUPS = ("lint", *FOLDERS)
 #: The group that runs beside those in front of it: for most of its time it waits for processes to come back. What
 #: follows it measures time, and has the machine for itself.
 BESIDE = "moments"
+
+#: Groups whose files are dealt to several processes: end-to-end tests wait most of the time. What measures time is
+#: marked `alone`, and is.
+SIDE_BY_SIDE = {"e2e": 2}
 
 LINTERS = (("ruff", "check", "."), ("ruff", "format", "--check", "."), ("mypy",))
 
@@ -168,10 +173,36 @@ def count(report: Path, code: int, selective: bool) -> tuple[int, int]:
     return passed, max(failed, code not in accepted)
 
 
-def command_of(group: str, report: Path, arguments: Sequence[str]) -> list[str]:
-    """Return how pytest is called for a group."""
-    command = [sys.executable, "-m", "pytest", *FOLDERS[group], "--durations=5", "--durations-min=1"]
-    return [*command, f"--junitxml={report}", *arguments]
+def command_of(
+    group: str, report: Path, arguments: Sequence[str], paths: Sequence[str] | None = None
+) -> list[str]:
+    """Return how pytest is called for a group, or for these paths of it."""
+    folder, *options = FOLDERS[group]
+    command = [sys.executable, "-m", "pytest", *([folder] if paths is None else paths), *options]
+    return [*command, "--durations=5", "--durations-min=1", f"--junitxml={report}", *arguments]
+
+
+def deal(folder: str, hands: int) -> list[list[str]]:
+    """Return the test files of a folder in so many lots of about the same size; long files take long."""
+    files = sorted((ROOT / folder).glob("test_*.py"), key=lambda path: (-path.stat().st_size, path.name))
+    lots: list[list[Path]] = [[] for _ in range(hands)]
+    for file in files:
+        min(lots, key=lambda lot: sum(path.stat().st_size for path in lot)).append(file)
+    return [sorted(str(file.relative_to(ROOT)) for file in lot) for lot in lots]
+
+
+def run_side_by_side(group: str, hands: int, arguments: Sequence[str]) -> Outcome:
+    """Run one group in several processes at once; return what they came to together."""
+    started = time.monotonic()
+    running = [Background(group, arguments, lot) for lot in deal(FOLDERS[group][0], hands)]
+    try:
+        outcomes = [one.finish() for one in running]
+    finally:
+        for one in running:
+            one.close()
+    passed = sum(outcome.passed for outcome in outcomes)
+    failed = sum(outcome.failed for outcome in outcomes)
+    return Outcome(group, passed, failed, time.monotonic() - started)
 
 
 def run_pytest(group: str, arguments: Sequence[str]) -> Outcome:
@@ -185,16 +216,16 @@ def run_pytest(group: str, arguments: Sequence[str]) -> Outcome:
 
 
 class Background:
-    """One group beside others; what it says is printed when it is waited for."""
+    """One group, or some paths of it, beside others; what it says is printed when it is waited for."""
 
-    def __init__(self, group: str, arguments: Sequence[str]) -> None:
+    def __init__(self, group: str, arguments: Sequence[str], paths: Sequence[str] | None = None) -> None:
         self._group = group
         self._selective = bool(arguments)
         self._started = time.monotonic()
         self._folder = tempfile.TemporaryDirectory(prefix="bulkhead-report-")
         self._report = Path(self._folder.name) / "report.xml"
         self._output = Path(self._folder.name) / "output"
-        command = command_of(group, self._report, arguments)
+        command = command_of(group, self._report, arguments, paths)
         print("$", " ".join(command), "&", flush=True)
         with self._output.open("wb") as output:
             self._process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT)
@@ -274,6 +305,8 @@ def run_group(group: str, background: Background | None, arguments: Sequence[str
         return run_lint()
     if group == BESIDE and background is not None:
         return background.finish()
+    if group in SIDE_BY_SIDE:
+        return run_side_by_side(group, SIDE_BY_SIDE[group], arguments)
     return run_pytest(group, arguments)
 
 

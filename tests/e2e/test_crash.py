@@ -21,6 +21,8 @@ import pytest
 
 from tests.helpers import SseEvent, Tree, eventually, is_alive
 
+pytestmark = pytest.mark.alone
+
 MIB = 1024 * 1024
 
 #: What each `demo.crash(how)` has to be called, in `stream.end` and in the snapshot alike. From Python 3.12 on

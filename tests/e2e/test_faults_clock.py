@@ -30,6 +30,8 @@ ZERO = 1_000_000_000
 
 SITECUSTOMIZE = f"""
 import os, time
+
+pytestmark = pytest.mark.alone
 _time, _file = time.time, os.environ["BULKHEAD_TEST_CLOCK"]
 
 def _jumped():

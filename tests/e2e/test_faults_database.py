@@ -46,6 +46,8 @@ import django
 django.setup()
 from django.db import Error, close_old_connections
 from taskkit import outbox
+
+pytestmark = pytest.mark.alone
 while not select.select([sys.stdin], [], [], float(sys.argv[1]))[0]:
     try:
         print(outbox.submit("proj.echo", kwargs={"value": "outbox"}).id, flush=True)

@@ -17,6 +17,8 @@ import pytest
 
 from tests.helpers import SseEvent, Tree, eventually, raw_get
 
+pytestmark = pytest.mark.alone
+
 #: The acceptance line's figures. The seed's, measured the same way: 5.09 s and 4.88 s.
 LARGEST_GAP = 0.300
 SLOWEST_PROBE = 0.100

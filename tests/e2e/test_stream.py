@@ -14,6 +14,8 @@ import pytest
 
 from tests.helpers import SseEvent, Tree
 
+pytestmark = pytest.mark.alone
+
 #: Seconds for response headers of a run that says nothing (acceptance line).
 HEADERS_WITHIN = 0.2
 

@@ -15,6 +15,8 @@ import pytest
 
 from tests.helpers import SseEvent, Tree, eventually
 
+pytestmark = pytest.mark.alone
+
 
 @pytest.fixture(scope="module")
 def tree() -> Iterator[Tree]:

@@ -174,7 +174,7 @@ def test_a_group_left_out_is_said_and_needs_no_packages(
         return command.Outcome(group, 3, int(group == "arch"), 0.5)
 
     monkeypatch.setattr(command, "run_pytest", run_pytest)
-    left_out = ["--without", "e2e", "--without=lint", "--without=moments"]
+    left_out = ["--without", "e2e", "--without=lint", "--without=moments", "--without=alone"]
     assert command.main([*left_out, "--", "-k", "x"]) == 1
     assert ran == [(group, ["-k", "x"]) for group in ("unit", "arch", "guards", "chaos", "bench-smoke")]
     told = capsys.readouterr().out
@@ -191,6 +191,26 @@ def test_a_group_beside_others_is_waited_for_and_printed(capsys: pytest.CaptureF
         background.close()
     assert (outcome.group, outcome.passed, outcome.failed) == ("arch", 1, 0)
     assert "1 passed" in capsys.readouterr().out
+
+
+def test_every_file_is_dealt_to_somebody_once() -> None:
+    lots = command.deal("tests/e2e", 3)
+    dealt = [file for lot in lots for file in lot]
+    assert sorted(dealt) == sorted(
+        str(path.relative_to(ROOT)) for path in (ROOT / "tests/e2e").glob("test_*.py")
+    )
+    sizes = [sum((ROOT / file).stat().st_size for file in lot) for lot in lots]
+    assert max(sizes) < 2 * min(sizes)
+
+
+def test_a_group_side_by_side_is_added_up(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(command, "deal", lambda folder, hands: [["tests/unit/test_helpers.py"]] * hands)
+    monkeypatch.setitem(command.FOLDERS, "e2e", ("tests/unit",))
+    outcome = command.run_group("e2e", None, ["-k", "apt_txt"])
+    assert (outcome.passed, outcome.failed) == (2, 0)
+    assert capsys.readouterr().out.count("1 passed") == 2
 
 
 def test_a_group_beside_others_ends_with_them() -> None:
