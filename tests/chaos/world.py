@@ -121,8 +121,7 @@ class World:
         """Start a new tree whenever the supervisor has gone, until cancelled."""
         while True:
             await trio.sleep(0.02)
-            code = self.tree.process.poll()
-            if code is None or self.stopping:
+            if self.stopping or (code := self.tree.process.poll()) is None:
                 continue
             self.up = False
             self.exits.append(code)
