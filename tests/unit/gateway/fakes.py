@@ -242,7 +242,8 @@ class MemoryStore:
 
 
 def _selects(which: RunFilter, row: RunRow) -> bool:
-    visible = which.ids is None and which.tasks is None
+    visible = which.owner is None and which.ids is None and which.tasks is None
+    visible = visible or row.subject == which.owner
     visible = visible or row.id in (which.ids or ())
     visible = visible or any(fnmatchcase(row.task, pattern) for pattern in which.tasks or ())
     return (
