@@ -141,7 +141,9 @@ class Api:
         headers = {} if wait is None else {"Preference-Applied": f"wait={wait:.0f}"}
         if wait and not run.status.is_terminal and request.method != "HEAD":
             async with watched(request.receive) as client:
+                wait = min(wait, _left(claims))
                 run = await wait_for_end(self._engine.store, self._engine.hub, run, client, wait)
+            self._authenticator.recheck(claims)
         if run.result_expired:
             raise Refusal(
                 "result-expired",
@@ -166,7 +168,9 @@ class Api:
             raise Forbidden("the token does not allow 'logs'")
         run = await self._visible(request, claims)
         if rendering == sse.JSON:
-            return await self._page(request, run, cursor, query, output)
+            page = await self._page(request, run, cursor, query, output, _left(claims))
+            self._authenticator.recheck(claims)
+            return page
         if is_over(run, cursor):
             return Response(None, 204, {"Cache-Control": "no-store"})
         wish = Wish(
@@ -174,14 +178,14 @@ class Api:
             cursor=cursor,
             session=self._authenticator.sessions.new(claims),
             output=output or (rendering == sse.PLAIN and claims.may("logs")),
-            expires_in=claims.expires_at - time.time(),
+            expires_in=_left(claims),
         )
         return RunStream(self._engine.store, self._engine.hub, run, wish)
 
     async def _page(
-        self, request: Request, run: RunRow, cursor: sse.Cursor, query: Parameters, output: bool
+        self, request: Request, run: RunRow, cursor: sse.Cursor, query: Parameters, output: bool, left: float
     ) -> Response:
-        limit, wait = query.number("limit", 1, 1000, 100), query.seconds("wait")
+        limit, wait = query.number("limit", 1, 1000, 100), min(query.seconds("wait"), left)
         async with watched(request.receive) as client:
             page = await read_page(
                 self._engine.store,
@@ -358,6 +362,11 @@ async def _answers(store: Store) -> bool:
             return False
         return True
     return False
+
+
+def _left(claims: Claims) -> float:
+    """Return the seconds that a token is still valid."""
+    return max(0.0, claims.expires_at - time.time())
 
 
 def _limit_to_reach(which: RunFilter, claims: Claims) -> None:

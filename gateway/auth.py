@@ -120,6 +120,12 @@ class Authenticator:
         """Return the claims of a request that needs `action`. Raises as `claims` does, or Forbidden."""
         return _allowing(self.claims(request), action)
 
+    def recheck(self, claims: Claims) -> None:
+        """Look once more, behind a wait: what was let in may have expired, or been revoked. Raises TokenError."""
+        self._refuse_revoked(claims)
+        if claims.expires_at <= time.time():
+            raise TokenError("expired", "the token has expired")
+
     async def admit(
         self, connection: HTTPConnection, action: str | None = None, *, query_token: bool = False
     ) -> Admission:

@@ -7,8 +7,11 @@ from typing import Any
 
 import httpx
 import pytest
+import trio
 
 from gateway import grants
+from gateway.grants import Revocation
+from gateway.store.rows import RunRow
 from taskkit import tokens
 from taskkit.errors import NotWritable
 from taskkit.settings import Settings
@@ -235,3 +238,31 @@ async def test_a_preflight_that_asks_for_too_much_is_a_problem(asked_for: dict[s
     assert (answer.status_code, answer.headers["content-type"]) == (403, "application/problem+json")
     assert said in answer.json()["detail"]
     assert ("access-control-allow-origin" in answer.headers) is (said != "origin")
+
+
+# --- waiting
+
+
+@pytest.mark.parametrize(
+    ("path", "headers"),
+    [("result", {"Prefer": "wait=30"}), ("events?wait=30", {"Accept": "application/json"})],
+)
+async def test_who_waits_hears_nothing_more_when_the_token_has_gone(
+    engine: StubEngine, path: str, headers: dict[str, str]
+) -> None:
+    run = engine.start()
+    for gone, said in ((False, "token-expired"), (True, "token-revoked")):
+        text = token(ttl=60 if gone else 1)
+        async with client_of(engine, text) as client, trio.open_nursery() as nursery:
+            if gone:
+                nursery.start_soon(_revoke_soon, engine, tokens.verify(KEY, text).id, run)
+            with trio.fail_after(20):
+                answer = await client.get(f"{RUNS}/{run.id}/{path}", headers=headers)
+        assert (answer.status_code, code(answer)) == (401, said)
+
+
+async def _revoke_soon(engine: StubEngine, jti: str, run: RunRow) -> None:
+    while not engine.hub.subscribers(run.no):
+        await trio.sleep(0.01)
+    await engine.revoke(Revocation("jti", jti, time.time()))
+    engine.end(run)
