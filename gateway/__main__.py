@@ -191,7 +191,10 @@ async def _live(
     retention = Retention(store, settings, configure.boot_id)
     if not configure.adopting:
         await retention.inherit()
-    app = build_app(engine, Authenticator(key, configure.allowed_hosts, settings.cors_origins), retention)
+    authenticator = Authenticator(
+        key, configure.allowed_hosts, settings.cors_origins, desk=engine, limits=settings.limits
+    )
+    app = build_app(engine, authenticator, retention)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(engine.run)
         nursery.start_soon(hub.broadcast.run)

@@ -18,6 +18,7 @@ from gateway import snapshot, sse
 from gateway.auth import Authenticator
 from gateway.face import Engine, RunnerView
 from gateway.following import wait_for_end
+from gateway.granting import Granting
 from gateway.keeping import Keeping
 from gateway.leaving import watched
 from gateway.operating import Operating
@@ -40,7 +41,7 @@ from gateway.submitting import Submitting
 from taskkit.errors import Forbidden, InvalidArguments, UnknownTask
 from taskkit.identifiers import parse_run_id
 from taskkit.lifecycle import Ending, RunStatus
-from taskkit.tokens import Claims
+from taskkit.tokens import OWN, Claims
 
 #: Lines of output shown with an attempt that ended badly, and the newest such attempts that get them.
 TAIL_LINES: Final = 20
@@ -65,6 +66,7 @@ class Api:
         self._keeping = Keeping(engine, authenticator, retention)
         self._submitting = Submitting(engine, authenticator)
         self._operating = Operating(engine, authenticator)
+        self._granting = Granting(engine, authenticator)
 
     def routes(self) -> list[Route]:
         """Return the routes, for Starlette."""
@@ -84,6 +86,7 @@ class Api:
             Route(f"{base}/tasks/{{name}}/reset", Resource(post=self._operating.reset_task)),
             Route(f"{base}/stats", Resource(get=self.statistics)),
             Route(f"{base}/vacuum", Resource(post=self._keeping.vacuum)),
+            *self._granting.routes(),
             Route("/health", Resource(get=health)),
             Route("/ready", Resource(get=self.ready)),
         ]
@@ -92,12 +95,11 @@ class Api:
 
     async def list_runs(self, request: Request) -> Response:
         """Serve the page of runs that the token may see, newest first."""
-        claims = self._authenticator.require(request, "read")
+        claims = (await self._authenticator.admit(request, "read")).claims
         which = self._filter(request)
         limit, which.limit = which.limit, which.limit + 1
-        if claims.runs != "*":
-            which.ids, which.tasks = tuple(sorted(claims.runs)), claims.tasks
-        nothing = which.ids == () and which.tasks == ()
+        _limit_to_reach(which, claims)
+        nothing = which.owner is None and which.ids == () and which.tasks == ()
         runs = [] if nothing else await self._engine.store.runs(which)
         following = page_cursor(runs[limit - 1].no) if len(runs) > limit else None
         return answer({"runs": [snapshot.summary(run) for run in runs[:limit]], "next": following})
@@ -125,21 +127,23 @@ class Api:
 
     async def show_run(self, request: Request) -> Response:
         """Serve the snapshot of one run."""
-        claims = self._authenticator.require(request, "read")
+        claims = (await self._authenticator.admit(request, "read")).claims
         Parameters(request, ())
         run = await self._visible(request, claims)
         return answer(await self._snapshot(run, claims))
 
     async def show_result(self, request: Request) -> Response:
         """Serve how a run ended, 202 while it has not; `Prefer: wait=N` waits for it. 410 behind RESULT_TTL."""
-        claims = self._authenticator.require(request, "read")
+        claims = (await self._authenticator.admit(request, "read")).claims
         Parameters(request, ())
         run = await self._visible(request, claims)
         wait = preferred_wait(request.headers.get("prefer", ""))
         headers = {} if wait is None else {"Preference-Applied": f"wait={wait:.0f}"}
         if wait and not run.status.is_terminal and request.method != "HEAD":
             async with watched(request.receive) as client:
+                wait = min(wait, _left(claims))
                 run = await wait_for_end(self._engine.store, self._engine.hub, run, client, wait)
+            self._authenticator.recheck(claims)
         if run.result_expired:
             raise Refusal(
                 "result-expired",
@@ -152,7 +156,7 @@ class Api:
 
     async def follow_run(self, request: Request) -> ASGIApp:
         """Serve the stream of one run, in the rendering that the client accepts."""
-        claims = self._authenticator.require(request, "read")
+        claims = (await self._authenticator.admit(request, "read")).claims
         rendering = negotiate(request.headers.get("accept"), RENDERINGS)
         if rendering is None:
             raise Refusal("not-acceptable", f"a stream comes as {', '.join(RENDERINGS)}")
@@ -164,21 +168,24 @@ class Api:
             raise Forbidden("the token does not allow 'logs'")
         run = await self._visible(request, claims)
         if rendering == sse.JSON:
-            return await self._page(request, run, cursor, query, output)
+            page = await self._page(request, run, cursor, query, output, _left(claims))
+            self._authenticator.recheck(claims)
+            return page
         if is_over(run, cursor):
             return Response(None, 204, {"Cache-Control": "no-store"})
         wish = Wish(
             rendering=rendering,
             cursor=cursor,
+            session=self._authenticator.sessions.new(claims),
             output=output or (rendering == sse.PLAIN and claims.may("logs")),
-            expires_in=claims.expires_at - time.time(),
+            expires_in=_left(claims),
         )
         return RunStream(self._engine.store, self._engine.hub, run, wish)
 
     async def _page(
-        self, request: Request, run: RunRow, cursor: sse.Cursor, query: Parameters, output: bool
+        self, request: Request, run: RunRow, cursor: sse.Cursor, query: Parameters, output: bool, left: float
     ) -> Response:
-        limit, wait = query.number("limit", 1, 1000, 100), query.seconds("wait")
+        limit, wait = query.number("limit", 1, 1000, 100), min(query.seconds("wait"), left)
         async with watched(request.receive) as client:
             page = await read_page(
                 self._engine.store,
@@ -205,7 +212,7 @@ class Api:
         """Return the run in the path; one beyond the token's reach is as unknown as one that is not there."""
         id = parse_run_id(request.path_params["id"])
         run = None if id is None else await self._engine.store.run(id)
-        if run is None or not claims.sees_run(run.id, run.task):
+        if run is None or not claims.sees_run(run.id, run.task, run.subject):
             raise Refusal("unknown-run", "there is no such run, or the token does not reach it")
         return run
 
@@ -231,20 +238,20 @@ class Api:
 
     async def list_runners(self, request: Request) -> Response:
         """Serve the runner processes, with what the kernel says of them."""
-        self._require_sight_of_all(request)
+        await self._require_sight_of_all(request)
         views = self._engine.runners()
         return answer({"runners": await trio.to_thread.run_sync(measure, views)})
 
     async def list_tasks(self, request: Request) -> Response:
         """Serve the tasks that the token reaches."""
-        claims = self._authenticator.claims(request)
+        claims = (await self._authenticator.admit(request)).claims
         Parameters(request, ())
         tasks = [task for task in self._engine.catalogue.all() if _sees_task(claims, task.name)]
         return answer({"tasks": [snapshot.task(task) for task in tasks]})
 
     async def show_task(self, request: Request) -> Response:
         """Serve one task."""
-        claims = self._authenticator.claims(request)
+        claims = (await self._authenticator.admit(request)).claims
         Parameters(request, ())
         name = request.path_params["name"]
         task = self._engine.catalogue.find(name)
@@ -254,7 +261,7 @@ class Api:
 
     async def statistics(self, request: Request) -> Response:
         """Serve counts of runs by state, of subscribers, the engine's own, what the store takes of the disk."""
-        self._require_sight_of_all(request)
+        await self._require_sight_of_all(request)
         hub = self._engine.hub.statistics()
         counts = await self._engine.store.counts()
         return answer(
@@ -278,9 +285,9 @@ class Api:
         ready = all(parts.values())
         return answer({"ready": ready, "parts": parts}, 200 if ready else 503)
 
-    def _require_sight_of_all(self, request: Request) -> None:
+    async def _require_sight_of_all(self, request: Request) -> None:
         """Refuse a token of single runs: processes and counts tell about everybody's."""
-        claims = self._authenticator.claims(request)
+        claims = (await self._authenticator.admit(request)).claims
         Parameters(request, ())
         if not (claims.may("operate") or (claims.may("read") and claims.runs == "*")):
             raise Forbidden("the token needs 'operate', or 'read' of every run")
@@ -355,6 +362,22 @@ async def _answers(store: Store) -> bool:
             return False
         return True
     return False
+
+
+def _left(claims: Claims) -> float:
+    """Return the seconds that a token is still valid."""
+    return max(0.0, claims.expires_at - time.time())
+
+
+def _limit_to_reach(which: RunFilter, claims: Claims) -> None:
+    """Have a list show only what the token reaches; see Claims.sees_run."""
+    if claims.runs == "*":
+        return
+    which.tasks = claims.tasks
+    if claims.runs == OWN:
+        which.owner, which.ids = claims.subject or None, ()
+    else:
+        which.ids = tuple(sorted(claims.runs))
 
 
 def _sees_task(claims: Claims, name: str) -> bool:

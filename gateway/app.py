@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from starlette.applications import Starlette
+from starlette.datastructures import Headers
 from starlette.middleware.cors import CORSMiddleware
+from starlette.responses import Response
 from starlette.types import ASGIApp
 
 from gateway.api import Api
-from gateway.auth import Authenticator, HostGuard
+from gateway.auth import Authenticator, HostGuard, TicketCookies
 from gateway.face import Engine
-from gateway.problems import exception_handlers
+from gateway.problems import exception_handlers, problem
 from gateway.reading import Refusal, on_refusal
 from gateway.retention import Retention
 from gateway.seed import SeedRoutes
+from gateway.sessions import TooManyStreams, on_too_many_streams
 
 
 def build_app(engine: Engine, authenticator: Authenticator, retention: Retention) -> ASGIApp:
@@ -22,18 +25,34 @@ def build_app(engine: Engine, authenticator: Authenticator, retention: Retention
     client's leaving from a stream.
     """
     routes = [*Api(engine, authenticator, retention).routes(), *SeedRoutes(engine, authenticator).routes()]
-    inner = Starlette(routes=routes, exception_handlers={**exception_handlers, Refusal: on_refusal})
+    handlers = {**exception_handlers, Refusal: on_refusal, TooManyStreams: on_too_many_streams}
+    inner = Starlette(routes=routes, exception_handlers=handlers)
     # A path with a slash too many is unknown, like any other; a redirect is one more shape for clients to
     # handle.
     inner.router.redirect_slashes = False
     app: ASGIApp = inner
     if engine.settings.cors_origins:
         app = _with_cors(app, engine.settings.cors_origins)
-    return HostGuard(app, authenticator.allowed_hosts)
+    return HostGuard(TicketCookies(app), authenticator.allowed_hosts)
+
+
+class _Cors(CORSMiddleware):
+    """Starlette's, with a problem document for what it refuses: a preflight that asks for too much."""
+
+    def preflight_response(self, request_headers: Headers) -> Response:
+        """Answer one preflight."""
+        response = super().preflight_response(request_headers)
+        if response.status_code < 400:
+            return response
+        kept = {
+            name: value for name, value in response.headers.items() if name.startswith(("access-", "vary"))
+        }
+        detail = bytes(response.body).decode().replace("Disallowed CORS", "not allowed across origins:")
+        return problem(None, "cors", f"{detail}; see CORS_ORIGINS", headers=kept)
 
 
 def _with_cors(app: ASGIApp, origins: list[str]) -> ASGIApp:
-    return CORSMiddleware(
+    return _Cors(
         app,
         allow_origins=origins,
         # Cookies and a wildcard do not go together (WHATWG Fetch, CORS protocol).

@@ -1,26 +1,37 @@
-"""Who asks: the token of a request, the host it was sent to.
+"""Who asks: the token, cookie or ticket of a request, the host it was sent to.
 
 Rule: nothing here logs a token or puts one into an error.
 """
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Iterable
-from typing import Final
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Final, Protocol
 
 from starlette.requests import HTTPConnection
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from starlette.websockets import WebSocketClose
 
+from gateway import cookies
+from gateway.failures import Failures, address_of
 from gateway.problems import problem
+from gateway.reading import TICKET, Refusal
+from gateway.sessions import Sessions
 from taskkit import tokens
 from taskkit.errors import Forbidden
-from taskkit.settings import is_loopback
-from taskkit.tokens import Claims, TokenError
+from taskkit.settings import LimitSettings, is_loopback
+from taskkit.tokens import Claims, Ticket, TokenError, Use
 
-#: Cookie of browsers, whose EventSource cannot send a header.
-COOKIE: Final = "bulkhead_token"
+#: Where the seeds' WebSocket clients put their token.
+TOKEN: Final = "token"
+
+#: Where `TicketCookies` finds what `Authenticator.admit` wants a browser to keep.
+_SCOPE_KEY: Final = "bulkhead.cookies"
 
 #: A cookie comes along with requests that another site's page started, so it must not change anything.
 _COOKIE_METHODS: Final = frozenset({"GET", "HEAD"})
@@ -30,6 +41,39 @@ _COOKIE_METHODS: Final = frozenset({"GET", "HEAD"})
 _HOST = re.compile(r"(?P<host>[a-z0-9_.-]+|\[[0-9a-f:.]+\])(?::[0-9]{1,5})?")
 
 
+class Desk(Protocol):
+    """Where it is remembered which tickets were used, and which tokens taken back."""
+
+    async def redeem(self, ticket: Ticket) -> bool:
+        """Use a ticket up; return, when that is on disk, whether this was the first time. Raises NotWritable."""
+
+    def is_used(self, ticket: Ticket) -> bool:
+        """Whether a ticket was used."""
+
+    def is_revoked(self, claims: Claims) -> bool:
+        """Whether a token with these claims was taken back."""
+
+
+class TooManyFailures(Refusal):
+    """An address has presented so many tokens that were not valid that it is told to wait."""
+
+    def __init__(self, wait: float) -> None:
+        super().__init__(
+            "too-many-failures",
+            "too many tokens from this address were not valid; wait, then come with a valid one",
+            headers={"Retry-After": str(math.ceil(wait))},
+            retry_after=math.ceil(wait),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Admission:
+    """Who was let in. `cookies`: values of `Set-Cookie` for the answer, which `TicketCookies` puts there."""
+
+    claims: Claims
+    cookies: tuple[str, ...] = ()
+
+
 class Authenticator:
     """Turns requests into claims.
 
@@ -37,50 +81,172 @@ class Authenticator:
       key: what tokens are signed with.
       allowed_hosts: accepted names of this host besides loopback ones; patterns as in Django's ALLOWED_HOSTS.
       cors_origins: origins whose pages may use a cookie here.
+      clock: returns monotonic seconds, by which failures age.
+
+    Attributes:
+      sessions: the open streams, by token.
     """
 
-    def __init__(self, key: bytes, allowed_hosts: list[str], cors_origins: Iterable[str] = ()) -> None:
+    def __init__(
+        self,
+        key: bytes,
+        allowed_hosts: list[str],
+        cors_origins: Iterable[str] = (),
+        *,
+        desk: Desk,
+        limits: LimitSettings | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        limits = LimitSettings() if limits is None else limits
         self.key = key
         self.allowed_hosts = allowed_hosts
         self.cors_origins = frozenset(cors_origins)
+        self.sessions = Sessions(limits.streams_per_token, desk.is_revoked)
+        self._desk = desk
+        self._failures = Failures(limits.auth_failures)
+        self._clock = clock
 
     def claims(self, request: HTTPConnection) -> Claims:
         """Return what the request's token says: `Authorization: Bearer`, else the cookie of a GET or HEAD.
 
         Raises:
           TokenError: there is none, or it is not valid.
+          TooManyFailures: it is not valid, and too many from this address were not.
         """
-        headers = request.headers.getlist("authorization")
-        if headers:
-            return tokens.verify(self.key, _bearer(headers))
-        token = request.cookies.get(COOKIE, "")
-        if token and (reason := self._against_cookie(request)):
-            raise TokenError("missing", reason)
-        return tokens.verify(self.key, token)
+        with self._counting(request):
+            return self._presented(request)
 
     def require(self, request: HTTPConnection, action: str) -> Claims:
-        """Return the claims of a request that needs `action`.
+        """Return the claims of a request that needs `action`. Raises as `claims` does, or Forbidden."""
+        return _allowing(self.claims(request), action)
+
+    def recheck(self, claims: Claims) -> None:
+        """Look once more, behind a wait: what was let in may have expired, or been revoked. Raises TokenError."""
+        self._refuse_revoked(claims)
+        if claims.expires_at <= time.time():
+            raise TokenError("expired", "the token has expired")
+
+    async def admit(
+        self, connection: HTTPConnection, action: str | None = None, *, query_token: bool = False
+    ) -> Admission:
+        """Let a GET or a WebSocket in: by `Authorization`, else `?ticket=`, else a cookie.
+
+        A ticket is used up, which is committed before this returns, and becomes the cookie of a session. One that was
+        used already, or is over, stands back behind the cookie it was swapped for: so EventSource, which knows no other
+        URL, can come back. Cancelled meanwhile, the ticket may or may not have been used.
+
+        Args:
+          action: what the claims have to allow.
+          query_token: whether `?token=` counts as well, for the seeds' WebSocket clients.
 
         Raises:
-          TokenError: there is no valid token.
-          Forbidden: there is one, without `action`.
+          TokenError, TooManyFailures: nobody is let in by what there is.
+          Forbidden: the claims do not allow `action`.
+          NotWritable: the ticket cannot be used up now, because the store does not take it.
         """
-        claims = self.claims(request)
-        if not claims.may(action):
-            raise Forbidden(f"the token does not allow {action!r}")
+        with self._counting(connection):
+            admission = await self._admitted(connection, query_token)
+        connection.scope.get(_SCOPE_KEY, []).extend(admission.cookies)
+        if action is not None:
+            _allowing(admission.claims, action)
+        return admission
+
+    async def _admitted(self, connection: HTTPConnection, query_token: bool) -> Admission:
+        query = connection.query_params
+        if "authorization" not in connection.headers and _method(connection) in _COOKIE_METHODS:
+            if TICKET in query:
+                return await self._redeemed(connection, _once(query.getlist(TICKET)))
+            if query_token and TOKEN in query:
+                return Admission(self._verified(_once(query.getlist(TOKEN))))
+        return Admission(self._presented(connection))
+
+    async def _redeemed(self, connection: HTTPConnection, text: str) -> Admission:
+        ticket = tokens.read_ticket(self.key, text)
+        self._refuse_revoked(ticket.claims)
+        now = time.time()
+        in_time = now < ticket.valid_until
+        if in_time and not self._desk.is_used(ticket) and await self._desk.redeem(ticket):
+            value = tokens.session_of(self.key, ticket.claims, now)
+            made = cookies.session_cookies(connection, ticket.claims, value, now)
+            return Admission(ticket.claims, tuple(made))
+        values = cookies.values_in(connection, first=cookies.name_of(ticket.claims))
+        if values:
+            return Admission(self._from_cookies(connection, values))
+        if in_time:
+            raise TokenError(
+                "spent", "the ticket was used, and its session's cookie is not here; get another one"
+            )
+        raise TokenError("expired", "the ticket has expired; get another one")
+
+    def _presented(self, connection: HTTPConnection) -> Claims:
+        headers = connection.headers.getlist("authorization")
+        if headers:
+            return self._verified(_bearer(headers))
+        return self._from_cookies(connection, cookies.values_in(connection))
+
+    def _from_cookies(self, connection: HTTPConnection, values: list[str]) -> Claims:
+        """Return the claims of the first cookie that is valid; browsers keep what is over, or of another path."""
+        failure = TokenError("missing", "a token is needed")
+        if values and (reason := self._against_cookie(connection)):
+            raise TokenError("missing", reason)
+        for value in values:
+            try:
+                return self._verified(value, ("token", "cookie"))
+            except TokenError as error:
+                failure = error if failure.code == "missing" else failure
+        raise failure
+
+    def _verified(self, text: str, uses: tuple[Use, ...] = ("token",)) -> Claims:
+        claims = tokens.verify(self.key, text, uses=uses)
+        self._refuse_revoked(claims)
         return claims
+
+    def _refuse_revoked(self, claims: Claims) -> None:
+        if self._desk.is_revoked(claims):
+            raise TokenError("revoked", "the token was revoked")
+
+    @contextmanager
+    def _counting(self, connection: HTTPConnection) -> Iterator[None]:
+        """Count what is presented in vain; a request without anything tries nothing."""
+        try:
+            yield
+        except TokenError as error:
+            if error.code == "missing":
+                raise
+            wait = self._failures.note(address_of(connection.scope.get("client")), self._clock())
+            if wait:
+                raise TooManyFailures(wait) from None
+            raise
 
     def _against_cookie(self, request: HTTPConnection) -> str:
         """Return why a cookie does not count here, with the remedy; "" when it does."""
-        if request.scope.get("method") not in _COOKIE_METHODS:
+        if _method(request) not in _COOKIE_METHODS:
             return "a cookie counts for GET and HEAD only; send a Bearer token"
         origin = request.headers.get("origin")
-        # Absent on same-origin GETs and on navigation, which shows its result to nobody else.
+        # Absent on same-origin GETs and on navigation, which shows its result to nobody else. A browser's WebSocket
+        # always sends it (RFC 6455 §4.1), and no CORS protects that one: this comparison does.
         if origin is None or origin in self.cors_origins:
             return ""
-        if origin.partition("://")[2].lower() == request.headers.get("host", "").lower():
+        if origin.partition("://")[2].lower() == cookies.host(request):
             return ""
         return f"origin {origin[:200]!r} is not in CORS_ORIGINS; add it, or send a Bearer token"
+
+
+def _method(connection: HTTPConnection) -> str:
+    """Return the method; a WebSocket begins with a GET, which ASGI does not say."""
+    return str(connection.scope.get("method", "GET"))
+
+
+def _once(values: list[str]) -> str:
+    if len(values) != 1:
+        raise TokenError("malformed", "there must be one ticket or token in the query")
+    return values[0]
+
+
+def _allowing(claims: Claims, action: str) -> Claims:
+    if not claims.may(action):
+        raise Forbidden(f"the token does not allow {action!r}")
+    return claims
 
 
 def _bearer(headers: list[str]) -> str:
@@ -119,6 +285,31 @@ def is_loopback_host(host: str) -> bool:
         # A name such as 127.evil.example belongs to somebody: only digits make it an address.
         return re.fullmatch(r"127(\.[0-9]{1,3}){3}", host) is not None
     return host.endswith(".localhost") or is_loopback(host.removeprefix("[").removesuffix("]"))
+
+
+class TicketCookies:
+    """Gives the answer to a request with a ticket the cookies that it was swapped for, whatever the answer is.
+
+    A ticket that opened the door to a 404 is used up all the same.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one ASGI scope."""
+        if TICKET.encode() not in scope.get("query_string", b""):
+            await self.app(scope, receive, send)
+            return
+        made: list[str] = []
+
+        async def send_with_cookies(message: Message) -> None:
+            if message["type"] in ("http.response.start", "websocket.accept"):
+                values = [(b"set-cookie", value.encode("latin-1")) for value in made]
+                message = {**message, "headers": [*message.get("headers", ()), *values]}
+            await send(message)
+
+        await self.app({**scope, _SCOPE_KEY: made}, receive, send_with_cookies)
 
 
 class HostGuard:

@@ -22,6 +22,7 @@ from gateway.endings import (
     quarantine_of,
     with_limit,
 )
+from gateway.grants import Grants
 from gateway.ordering import Ordering
 from gateway.output import Line
 from gateway.plan import Plan
@@ -90,6 +91,7 @@ class Book:
         self.attempts: dict[str, OpenAttempt] = {}
         self.runners: dict[str, RunnerState] = {}
         self.untold = Untold()
+        self.grants = Grants(opened, moment)
         self._plan = Plan(opened.next_pos, self.untold)
         self._order = Ordering(settings.limits, self._plan)
         self.queues = Queues()

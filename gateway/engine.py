@@ -25,6 +25,7 @@ from gateway.accepting import Acceptance
 from gateway.book import Book
 from gateway.changes import Changes
 from gateway.fanout import Hub
+from gateway.grants import Revocation
 from gateway.intake import Intake
 from gateway.link import CourierLink
 from gateway.moments import pass_round
@@ -38,6 +39,7 @@ from gateway.submission import Catalogue, Submission
 from taskkit import failpoints
 from taskkit.errors import LifecycleError, NotWritable
 from taskkit.settings import Settings
+from taskkit.tokens import Claims, Ticket
 from taskkit.wire.messages import (
     Answer,
     Created,
@@ -235,6 +237,7 @@ class Engine:
             "store_error": self.store_error,
             "courier": self.courier.up,
             "draining": self.book.draining,
+            **self.book.grants.statistics(),
             **self.book.casualties.statistics(trio.current_time()),
             **self.hub.statistics(),
         }
@@ -271,6 +274,38 @@ class Engine:
         self.check_store()
         was_held: bool = await self.decide(lambda: self.book.reset(task, time.time()))
         return was_held
+
+    async def redeem(self, ticket: Ticket) -> bool:
+        """Use a ticket up; return, when that is on disk, whether this was the first time.
+
+        Raises:
+          NotWritable: the store cannot be written now.
+        """
+
+        def decide() -> bool:
+            return self.book.grants.redeem(ticket, self.book.moment, self.book.batch)
+
+        self.check_store()
+        first: bool = await self.decide(decide)
+        return first
+
+    def is_used(self, ticket: Ticket) -> bool:
+        """Whether a ticket was used."""
+        return self.book.grants.is_used(ticket)
+
+    async def revoke(self, revocation: Revocation) -> None:
+        """Take tokens back; on disk when this returns. They are refused from the next round on.
+
+        Raises:
+          TooManyRevocations: there is no room for another.
+          NotWritable: the store cannot be written now.
+        """
+        self.check_store()
+        await self.decide(lambda: self.book.grants.revoke(revocation, self.book.batch))
+
+    def is_revoked(self, claims: Claims) -> bool:
+        """Whether a token with these claims was taken back."""
+        return self.book.grants.is_revoked(claims)
 
     # --- what the supervisor says --------------------------------------------------------------------------
 

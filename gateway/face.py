@@ -7,10 +7,12 @@ from typing import Any, Protocol
 
 from gateway.changes import Changes
 from gateway.fanout import Hub
+from gateway.grants import Revocation
 from gateway.store.protocol import Store
 from gateway.store.rows import RunRow
 from gateway.submission import Catalogue, Submission
 from taskkit.settings import Settings
+from taskkit.tokens import Claims, Ticket
 from taskkit.wire.messages import Answer, Created
 
 
@@ -68,6 +70,18 @@ class Engine(Protocol):
 
     async def reset_task(self, task: str) -> bool:
         """Let the runs of a held task go; return whether it was held. Raises NotWritable."""
+
+    async def redeem(self, ticket: Ticket) -> bool:
+        """Use a ticket up; return whether this was the first time. Raises NotWritable."""
+
+    def is_used(self, ticket: Ticket) -> bool:
+        """Whether a ticket was used."""
+
+    async def revoke(self, revocation: Revocation) -> None:
+        """Take tokens back. Raises TooManyRevocations, NotWritable."""
+
+    def is_revoked(self, claims: Claims) -> bool:
+        """Whether a token with these claims was taken back."""
 
     def runners(self) -> Sequence[RunnerView]:
         """Return every runner."""

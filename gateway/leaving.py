@@ -15,10 +15,11 @@ from starlette.types import Receive
 
 
 class Client:
-    """The other end of a response. `gone` says that nobody reads any more."""
+    """The other end of a response. `gone`: nobody reads any more; `dismissed`: we want no more of it."""
 
     def __init__(self) -> None:
         self.gone = False
+        self.dismissed = False
         self._waiting: trio.CancelScope | None = None
 
     async def watch(self, receive: Receive) -> None:
@@ -26,13 +27,21 @@ class Client:
         while (await receive())["type"] != "http.disconnect":
             pass
         self.gone = True
+        self._stop_waiting()
+
+    def dismiss(self) -> None:
+        """End the response soon, in its order."""
+        self.dismissed = True
+        self._stop_waiting()
+
+    def _stop_waiting(self) -> None:
         if self._waiting is not None:
             self._waiting.cancel()
 
     async def wait(self, condition: Callable[[], Awaitable[object]], deadline: float) -> None:
-        """Await `condition` until it holds, the client leaves, or `deadline` (trio's clock) has passed."""
+        """Await `condition` until it holds, the client leaves or is dismissed, or `deadline` (trio's clock) is over."""
         with trio.CancelScope(deadline=deadline) as self._waiting:
-            if not self.gone:
+            if not (self.gone or self.dismissed):
                 await condition()
         self._waiting = None
 

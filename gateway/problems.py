@@ -58,7 +58,11 @@ CODES: Final[Mapping[str, Code]] = {
     "token-expired": Code(401, "Token has expired"),
     "token-audience": Code(401, "Token is for somebody else"),
     "token-claims": Code(401, "Token has unusable claims"),
+    "token-use": Code(401, "Token is for another use"),
+    "token-spent": Code(401, "Ticket was used"),
+    "token-revoked": Code(401, "Token was revoked"),
     "forbidden": Code(403, "Forbidden"),
+    "cors": Code(403, "Not allowed across origins"),
     # 404 … 431: the thing asked for
     "not-found": Code(404, "Not found"),
     "unknown-run": Code(404, "Run not found"),
@@ -79,6 +83,9 @@ CODES: Final[Mapping[str, Code]] = {
     "invalid-submission": Code(422, "Submission is invalid"),
     "invalid-arguments": Code(422, "Arguments do not fit the task"),
     "queue-full": Code(429, "Queue is full"),
+    "too-many-failures": Code(429, "Too many invalid tokens"),
+    "too-many-streams": Code(429, "Too many streams of one token"),
+    "too-many-revocations": Code(409, "Too many revocations"),
     "headers-too-large": Code(431, "Request head too large"),
     # 5xx: us
     "internal": Code(500, "Internal error"),

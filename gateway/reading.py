@@ -24,6 +24,9 @@ from gateway.problems import problem
 #: limit a client that sends a byte a minute would hold its connection for ever (Slowloris).
 BODY_SECONDS: Final = 30.0
 
+#: A query parameter that any GET may have: what lets a browser in (gateway.auth).
+TICKET: Final = "ticket"
+
 #: Longest wait that a client may ask for, seconds: common proxies give up on a silent answer after 60.
 MAX_WAIT: Final = 60.0
 
@@ -156,8 +159,9 @@ class Parameters:
     def __init__(self, request: Request, allowed: Iterable[str]) -> None:
         self._query = request.query_params
         allowed = tuple(allowed)
+        tickets = (TICKET,) if request.method in ("GET", "HEAD") else ()
         for name in self._query:
-            if name not in allowed:
+            if name not in (*allowed, *tickets):
                 there = f"there are {', '.join(allowed)}" if allowed else "there is none"
                 raise self.refusal(name, f"is no parameter here; {there}")
 

@@ -24,6 +24,11 @@ class Resource:
         self._handlers = {name: one for name, one in (("GET", get), ("HEAD", get), ("POST", post)) if one}
         self._allow = ", ".join([*self._handlers, "OPTIONS"])
 
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """The methods that it has handlers for."""
+        return tuple(self._handlers)
+
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
         handler = self._handlers.get(scope["method"])

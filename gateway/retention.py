@@ -19,6 +19,7 @@ from gateway.store.protocol import Store, StoreError
 from gateway.store.removal import (
     OldestEvents,
     OldEvents,
+    OldGrants,
     OldKeys,
     OldResults,
     OldRuns,
@@ -60,6 +61,9 @@ _VACUUM_PAGES: Final = 64
 _VACUUM_BYTES: Final = 64 * 1024 * 1024
 _VACUUM_SHARE: Final = 0.25
 
+#: Seconds for which a ticket or a revocation is kept although it has expired: a clock may be set back.
+_GRANT_MARGIN: Final = 3600.0
+
 _CLOCK: Final = "retention.clock"
 
 
@@ -85,6 +89,7 @@ class Pass:
             "runs": removed.runs,
             "results": removed.results,
             "keys": removed.keys,
+            "grants": removed.grants,
             "bytes": removed.size + self.blob_bytes,
             "blobs": self.blobs,
             "freed_bytes": self.freed_bytes,
@@ -188,6 +193,7 @@ class Retention:
             await self._take_out(OldRuns(now - keep.run_age_seconds))
         if keep.key_age_seconds is not None:
             await self._take_out(OldKeys(now - keep.key_age_seconds))
+        await self._take_out(OldGrants(now - _GRANT_MARGIN))
         if keep.event_age_seconds is not None:
             await self._take_out(OldEvents(now - keep.event_age_seconds))
 

@@ -59,13 +59,14 @@ class SeedRoutes:
 
     async def show(self, request: Request) -> ASGIApp:
         """Serve the stream of a task row, or its outcome to a client that asks for no event stream."""
-        claims = self._authenticator.require(request, "read")
+        claims = (await self._authenticator.admit(request, "read")).claims
         cursor = _cursor(request)
         streams = asks_for(request.headers.get("accept"), sse.EVENT_STREAM)
         found = await self._ask(request)
         row = _row(found)
         run = await self._engine.store.run_of_row(row.key)
-        if not claims.sees_run("" if run is None else run.id, found.task):
+        id, subject = ("", "") if run is None else (run.id, run.subject)
+        if not claims.sees_run(id, found.task, subject):
             raise _unknown()
         if run is None:
             return await self._without_run(request, claims, found, row, cursor, streams)
@@ -88,6 +89,7 @@ class SeedRoutes:
         wish = Wish(
             rendering=sse.EVENT_STREAM,
             cursor=cursor,
+            session=self._authenticator.sessions.new(claims),
             life=None,
             expires_in=claims.expires_at - time.time(),
         )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 import msgspec
@@ -21,6 +21,7 @@ from gateway.connection import Peer
 from gateway.fanout import Entry, Hub, Subscription
 from gateway.following import Follower, Line, Piece
 from gateway.leaving import Client, watched
+from gateway.sessions import Session
 from gateway.sse import Cursor
 from gateway.store.protocol import Store, StoreError
 from gateway.store.rows import RunRow
@@ -104,6 +105,7 @@ class Wish:
     """What a subscriber asked for, and for how long it may listen.
 
     Attributes:
+      session: its place among the streams of its token.
       output: whether output lines are interleaved.
       life: seconds after which the stream ends to be opened again; None: no limit but the token's.
       expires_in: seconds until the token's `exp`.
@@ -111,6 +113,7 @@ class Wish:
 
     rendering: str
     cursor: Cursor
+    session: Session = field(default_factory=Session.of_nobody)
     output: bool = False
     life: float | None = LIFE_SECONDS
     expires_in: float = float("inf")
@@ -119,9 +122,9 @@ class Wish:
 class RunStream:
     """One subscriber of one run, as an ASGI application.
 
-    Ends after `stream.end`, at the end of its life, at the token's `exp`, when the gateway shuts down (with a
-    `retry:` that spreads the reconnects) and when the client leaves. A store that does not answer only delays
-    it.
+    Ends after `stream.end`, at the end of its life, when the token expires or is revoked, when the gateway shuts
+    down (with a `retry:` that spreads the reconnects) and when the client leaves. A store that does not answer only
+    delays it.
     """
 
     def __init__(self, store: Store, hub: Hub, run: RunRow, wish: Wish) -> None:
@@ -133,7 +136,15 @@ class RunStream:
         self._silent_since = 0.0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send the stream as the response to one request; the head only for HEAD."""
+        """Send the stream as the response to one request; the head only for HEAD.
+
+        Raises:
+          TooManyStreams: its token has as many open as it may; nothing was sent.
+        """
+        with self._wish.session as session:
+            await self._serve(session, scope, receive, send)
+
+    async def _serve(self, session: Session, scope: Scope, receive: Receive, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self._headers()})
         if scope["method"] == "HEAD":
             await send({"type": "http.response.body", "body": b""})
@@ -143,6 +154,7 @@ class RunStream:
             greeting = sse.HEARTBEAT + sse.retry(random.randint(1000, 3000))
             await send({"type": "http.response.body", "body": greeting, "more_body": True})
         async with watched(receive) as client:
+            session.on_end(client.dismiss)
             farewell = await self._follow(client, send, self._outlet(scope))
         if not client.gone:
             await send({"type": "http.response.body", "body": farewell})
@@ -165,7 +177,7 @@ class RunStream:
             while True:
                 pieces, wait = await self._read(follower)
                 await self._deliver(pieces, client, send)
-                if client.gone or follower.done or trio.current_time() >= ends_at:
+                if client.gone or client.dismissed or follower.done or trio.current_time() >= ends_at:
                     return b""
                 if subscription.closing:
                     return sse.retry(random.randint(*self._hub.farewell)) if self._rendering.retries else b""
@@ -206,7 +218,7 @@ class RunStream:
     async def _deliver(self, pieces: Sequence[Piece], client: Client, send: Send) -> None:
         body = b"".join([self._rendering.render(piece, self._run.id) for piece in pieces])
         for start in range(0, len(body), CHUNK):
-            if client.gone:
+            if client.gone or client.dismissed:
                 return
             await send({"type": "http.response.body", "body": body[start : start + CHUNK], "more_body": True})
             self._silent_since = trio.current_time()

@@ -97,7 +97,7 @@ class Submitting:
     async def _ended_run(self, text: str, claims: Claims) -> RunRow:
         id = parse_run_id(text)
         run = None if id is None else await self._engine.store.run(id)
-        if run is None or not (claims.may("read") and claims.sees_run(run.id, run.task)):
+        if run is None or not (claims.may("read") and claims.sees_run(run.id, run.task, run.subject)):
             raise Refusal("unknown-run", "there is no such run, or the token does not reach it")
         self._check_reach(run.task, claims)
         if not run.status.is_terminal:

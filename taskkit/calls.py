@@ -169,6 +169,13 @@ def vacuum_call() -> Call:
     return Call(method="POST", path="/api/v1/vacuum", body={}, timeout=2 * ANSWER)
 
 
+def revoke_call(jti: str | None, sub: str | None) -> Call:
+    """Return the call that takes one token back, or all of a subject; done twice it comes to the same."""
+    given = {"jti": jti, "sub": sub}
+    body = {name: value for name, value in given.items() if value is not None}
+    return Call(method="POST", path="/api/v1/tokens/revoke", body=body)
+
+
 def result_call(run: str, wait: float) -> Call:
     """Return the call that waits up to `wait` seconds for a result."""
     return Call(

@@ -296,6 +296,17 @@ class Client:
         """Give free pages of the store back to the disk: see `vacuum`."""
         return calls.document(await self._asend(calls.vacuum_call()))
 
+    def revoke(self, *, jti: str | None = None, sub: str | None = None) -> dict[str, Any]:
+        """Take back the token with this `jti`, or all that the subject `sub` has until now; needs the action `operate`.
+
+        Their streams end. Returns `{jti or sub, at, ended_streams}`.
+        """
+        return calls.document(self._send(calls.revoke_call(jti, sub)))
+
+    async def arevoke(self, *, jti: str | None = None, sub: str | None = None) -> dict[str, Any]:
+        """Take tokens back: see `revoke`."""
+        return calls.document(await self._asend(calls.revoke_call(jti, sub)))
+
     # --- result ---------------------------------------------------------------------------------------------
 
     def result(self, run: str, *, timeout: float | None = None) -> Any:

@@ -97,6 +97,22 @@ class RunHandle:
         key = tokens.load_key(key_file())
         return tokens.issue(key, actions=actions, runs=(self.id,), ttl=ttl, subject=subject)
 
+    def ticket(
+        self, *, actions: Iterable[str] = ("read",), session: float = 3600.0, subject: str = ""
+    ) -> str:
+        """Return a ticket for this run alone: `EventSource(url + "?ticket=" + ticket)` follows it.
+
+        It is good for one request within a minute, which opens a session of `session` seconds; see
+        `taskkit.tokens.issue_ticket`.
+
+        Raises:
+          SettingsError, ValueError: as `token`.
+        """
+        from taskkit import tokens
+
+        key = tokens.load_key(key_file())
+        return tokens.issue_ticket(key, actions=actions, runs=(self.id,), session=session, subject=subject)
+
 
 def submit(
     task: str | Callable[..., Any] | type[StreamTask] | StreamTask,
@@ -112,12 +128,14 @@ def submit(
     max_attempts: int | None = None,
     metadata: Mapping[str, Any] | None = None,
     tags: Sequence[str] = (),
+    subject: str = "",
 ) -> RunHandle:
     """Ask for a run of `task`, in the transaction that is open on `using`, or in one of its own.
 
     `task` is a registered function, its name or dotted path, or a saved row of a task model (`row` is the
     longer way to say that). A row that has an open run gets no second one: the handle is that run's.
-    Arguments become JSON here, so later changes to them have no effect.
+    Arguments become JSON here, so later changes to them have no effect. `subject` is on whose behalf: a user who
+    has a token of this `sub` that reaches his own runs sees it (`taskkit.views`).
 
     Name and arguments are checked here, by the tasks that this process knows; its first submission imports
     every app's `tasks` module. What only the gateway can know (its pools, its queue) it says in `RunHandle.run`.
@@ -151,6 +169,7 @@ def submit(
         max_attempts=max_attempts,
         metadata=as_json(dict(metadata or {}), "metadata"),
         tags=list(tags),
+        subject=subject,
         using=alias,
     )
     _check(submission)

@@ -78,6 +78,8 @@ class LimitSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
       result_bytes: of a result's JSON.
       queued_runs: that wait; then 429.
       connections: at once; then 503.
+      streams_per_token: open at once by one token (its `jti`, else its `sub`); then `stream.busy`, or 429.
+      auth_failures: tokens from one address that were not valid within a minute; then 429 for more. 0: no limit.
       cancel_grace_seconds: between asking a run to stop and TERM.
       kill_grace_seconds: between TERM and KILL.
       stop_grace_seconds: for open runs when the tree stops.
@@ -92,6 +94,8 @@ class LimitSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     result_bytes: _Positive = 8 * 1024 * 1024
     queued_runs: _Positive = 10_000
     connections: _Positive = 10_000
+    streams_per_token: _Positive = 32
+    auth_failures: Annotated[int, Meta(ge=0, le=1_000)] = 10
     cancel_grace_seconds: _Seconds = 5.0
     kill_grace_seconds: _Seconds = 2.0
     stop_grace_seconds: _Seconds = 10.0
@@ -150,6 +154,7 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, re
       key_file: key of the tokens; default `key` in the state directory.
       allowed_hosts: accepted Host headers; default Django's ALLOWED_HOSTS, plus loopback names.
       cors_origins: origins whose pages may read answers.
+      token_claims: dotted path of a function that says what a logged-in user's token may do (`taskkit.views`).
       pools: pools by name; "default" always exists.
       limits: bounds.
       breaker: when a task is held back.
@@ -168,6 +173,7 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, re
     key_file: str | None = None
     allowed_hosts: list[str] | None = None
     cors_origins: list[str] = []
+    token_claims: str | None = None
     pools: dict[str, PoolSettings] = {}
     limits: LimitSettings = LimitSettings()
     breaker: BreakerSettings = BreakerSettings()

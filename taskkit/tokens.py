@@ -5,6 +5,9 @@ Rule 1: one algorithm, HS256, whatever the token's header says (RFC 8725 §3.1).
 Rule 2: a missing claim grants nothing. A token without `exp` is none at all.
 
 Rule 3: no function here logs or raises the text of a token.
+
+Rule 4: a ticket opens one session, the session's cookie only reads; neither is accepted where a token is wanted, nor
+the other way round (RFC 8725 §3.12): the claim `use` tells them apart.
 """
 
 from __future__ import annotations
@@ -18,20 +21,21 @@ import stat
 import time
 import uuid
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from fnmatch import fnmatchcase
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final, Literal
 
 import jwt
 
+from taskkit.claims import ACTIONS as ACTIONS
+from taskkit.claims import MAX_LIFE as MAX_LIFE
+from taskkit.claims import OWN as OWN
+from taskkit.claims import Claims as Claims
+from taskkit.claims import Ticket as Ticket
 from taskkit.errors import SettingsError, TaskkitError
 
 ALGORITHM: Final = "HS256"
 AUDIENCE: Final = "bulkhead"
-
-#: Everything a token can allow. `operate` drains and kills runners, `logs` shows what a run printed.
-ACTIONS: Final = frozenset({"submit", "read", "cancel", "operate", "logs"})
 
 #: Bytes of a key: as many as the hash has, below which RFC 7518 §3.2 forbids HS256.
 KEY_BYTES: Final = 32
@@ -46,55 +50,34 @@ MAX_TOKEN: Final = 8 * 1024
 #: PyJWT compares times with the process's clock only; `verify` gets its moment handed in.
 _TIMES_UNCHECKED: Final[Any] = {"verify_exp": False, "verify_nbf": False, "verify_iat": False}
 
-TokenProblem = Literal["missing", "malformed", "signature", "expired", "audience", "claims"]
+#: Seconds that a ticket is good for: from a page to its request.
+TICKET_SECONDS: Final = 60.0
+
+#: Seconds that the session of a ticket lasts, unless somebody says otherwise.
+SESSION_SECONDS: Final = 3_600.0
+
+#: Longest ticket made, characters. Its session is a cookie about as long; browsers drop one of more than 4,096
+#: (RFC 6265 §6.1), and four of these fit into a request's head beside the rest.
+MAX_TICKET: Final = 2_500
+
+TokenProblem = Literal[
+    "missing", "malformed", "signature", "expired", "audience", "claims", "use", "spent", "revoked"
+]
+
+#: What a JWT of ours is for: the claim `use`; a token has none.
+Use = Literal["token", "ticket", "cookie"]
 
 
 class TokenError(TaskkitError):
     """A token is absent or not valid. The caller's fault: get another one.
 
     Attributes:
-      code: "missing", "malformed", "signature", "expired", "audience" or "claims"; stable.
+      code: one of TokenProblem; stable.
     """
 
     def __init__(self, code: TokenProblem, detail: str) -> None:
         super().__init__(detail)
         self.code: TokenProblem = code
-
-
-@dataclass(frozen=True, slots=True)
-class Claims:
-    """What a verified token says.
-
-    Attributes:
-      subject: on whose behalf.
-      expires_at: Unix seconds; a connection ends then.
-      id: `jti`, names the token in a log.
-      actions: subset of ACTIONS.
-      runs: ids of runs, or "*" for every run.
-      tasks: shell patterns of task names, such as "demo.*".
-    """
-
-    subject: str
-    expires_at: float
-    id: str
-    actions: frozenset[str]
-    runs: frozenset[str] | Literal["*"]
-    tasks: tuple[str, ...]
-
-    def may(self, action: str) -> bool:
-        """Whether the token allows `action` at all; on which runs is `sees_run`'s business."""
-        return action in self.actions
-
-    def sees_run(self, run_id: str, task_name: str) -> bool:
-        """Whether the run is within the token's reach, by its id or by its task's name."""
-        return self.runs == "*" or run_id in self.runs or self._matches(task_name)
-
-    def may_submit(self, task_name: str) -> bool:
-        """Whether the token allows to submit this task."""
-        return self.may("submit") and self._matches(task_name)
-
-    def _matches(self, task_name: str) -> bool:
-        return any(fnmatchcase(task_name, pattern) for pattern in self.tasks)
 
 
 def key_id(key: bytes) -> str:
@@ -211,7 +194,7 @@ def issue(
     key: bytes,
     *,
     actions: Iterable[str],
-    runs: Iterable[str] | Literal["*"] = (),
+    runs: Iterable[str] | Literal["*", "own"] = (),
     tasks: Iterable[str] = (),
     ttl: float,
     subject: str,
@@ -220,55 +203,157 @@ def issue(
     """Return a signed token that is valid for `ttl` seconds from `now` (Unix seconds, default: the clock).
 
     Raises:
-      ValueError: an action is not in ACTIONS, or `ttl` is not positive. The caller's fault.
+      ValueError: an action is not in ACTIONS, or `ttl` is not positive or above MAX_LIFE. The caller's fault.
     """
+    start = time.time() if now is None else now
+    payload = _payload(actions, runs, tasks, subject, start)
+    return _sign(key, payload | {"exp": int(start + _lifetime(ttl)), "jti": uuid.uuid4().hex})
+
+
+def issue_ticket(
+    key: bytes,
+    *,
+    actions: Iterable[str] = ("read",),
+    runs: Iterable[str] | Literal["*", "own"] = (),
+    tasks: Iterable[str] = (),
+    session: float = SESSION_SECONDS,
+    subject: str,
+    parent: str = "",
+    now: float | None = None,
+) -> str:
+    """Return a ticket: for TICKET_SECONDS, `?ticket=` on a GET opens a session with these claims, once.
+
+    The gateway answers that GET with a cookie that reads for `session` seconds from `now`, for EventSource, which sends
+    no headers and reconnects with the same URL.
+
+    Args:
+      parent: `jti` of the token it is made from: whoever revokes that one ends the session as well.
+
+    Raises:
+      ValueError: as `issue` with `session` for `ttl`, or the claims do not fit into a cookie. The caller's fault.
+    """
+    start = time.time() if now is None else now
+    payload = _payload(actions, runs, tasks, subject, start)
+    until = start + _lifetime(session)
+    # Rounded down like every `exp`: a session never outlives the token that it was made from.
+    times = {"exp": int(min(start + TICKET_SECONDS, until)), "until": int(until)}
+    own = {"use": "ticket", "jti": uuid.uuid4().hex}
+    text = _sign(key, payload | times | own | ({"parent": parent} if parent else {}))
+    if len(text) > MAX_TICKET:
+        raise ValueError(
+            "a ticket becomes a cookie, and these claims are too long for one: name fewer runs, or patterns of tasks"
+        )
+    return text
+
+
+def session_of(key: bytes, claims: Claims, now: float) -> str:
+    """Return the cookie's value for a session with `claims`: it reads, and is accepted as a cookie only."""
+    payload = _payload(claims.actions, claims.runs, claims.tasks, claims.subject, now)
+    return _sign(key, payload | {"exp": int(claims.expires_at), "jti": claims.id, "use": "cookie"})
+
+
+def _payload(
+    actions: Iterable[str],
+    runs: Iterable[str] | Literal["*", "own"],
+    tasks: Iterable[str],
+    subject: str,
+    start: float,
+) -> dict[str, Any]:
     allowed = frozenset(actions)
     if unknown := allowed - ACTIONS:
         raise ValueError(
             f"no such action: {', '.join(sorted(unknown))}; there are {', '.join(sorted(ACTIONS))}"
         )
-    if ttl <= 0:
-        raise ValueError(f"ttl = {ttl}: a token must be valid for some time")
-    start = time.time() if now is None else now
-    payload = {
+    return {
         "aud": AUDIENCE,
         "sub": subject,
-        "iat": int(start),
-        "exp": int(start + ttl),
-        "jti": uuid.uuid4().hex,
+        # With its fraction: a token made in the second after a revocation is not covered by it.
+        "iat": round(start, 3),
         "actions": sorted(allowed),
-        "runs": runs if runs == "*" else sorted(runs),
+        "runs": runs if isinstance(runs, str) else sorted(runs),
         "tasks": list(tasks),
     }
-    return jwt.encode(payload, key, algorithm=ALGORITHM, headers={"kid": key_id(key)})
 
 
-def verify(key: bytes, token: str, now: float | None = None) -> Claims:
+def _lifetime(ttl: float) -> float:
+    if not 0 < ttl <= MAX_LIFE:
+        raise ValueError(
+            f"ttl = {ttl}: a token must be valid for some time, and for at most {MAX_LIFE:.0f} seconds"
+        )
+    return ttl
+
+
+def _sign(key: bytes, payload: Mapping[str, Any]) -> str:
+    return jwt.encode(dict(payload), key, algorithm=ALGORITHM, headers={"kid": key_id(key)})
+
+
+def verify(key: bytes, token: str, now: float | None = None, *, uses: Iterable[Use] = ("token",)) -> Claims:
     """Return what `token` says, checked at `now` (Unix seconds, default: the clock).
 
     Raises:
-      TokenError: it is not a token, not signed with `key`, not for us, over, or says nonsense.
+      TokenError: it is not a token of one of these `uses`, not signed with `key`, not for us, over, or says nonsense.
     """
-    if not token:
-        raise TokenError("missing", "a token is needed")
-    payload = _decode(key, token)
     moment = time.time() if now is None else now
+    payload = _checked(key, token, moment, uses)
+    _refuse_expired(payload, moment)
+    return _claims(payload)
+
+
+def read_ticket(key: bytes, text: str, now: float | None = None) -> Ticket:
+    """Return what a ticket says, checked at `now` but for its being over, which the caller looks at: an EventSource
+    comes back with the URL of a ticket that was used long ago.
+
+    Raises:
+      TokenError: it is not a ticket, not signed with `key`, not for us, or says nonsense.
+    """
+    moment = time.time() if now is None else now
+    payload = _checked(key, text, moment, ("ticket",))
+    claims, until = _claims(payload), _number(payload, "until")
+    if not claims.id or until is None:
+        raise TokenError("claims", "the ticket has no `jti`, or no `until`")
+    session = replace(claims, id=_text(payload, "parent") or claims.id, expires_at=until)
+    valid_until = min(claims.expires_at, claims.issued_at + TICKET_SECONDS)
+    if valid_until > moment + TICKET_SECONDS + LEEWAY:
+        raise TokenError("claims", "the ticket's `iat` is in the future")
+    return Ticket(claims.id, session, valid_until)
+
+
+def _checked(key: bytes, text: str, moment: float, uses: Iterable[Use]) -> Mapping[str, Any]:
+    """Return the payload of a token that is for one of `uses`, whose times make sense."""
+    if not text:
+        raise TokenError("missing", "a token is needed")
+    payload = _decode(key, text)
     expires_at = _number(payload, "exp")
     if expires_at is None:
         raise TokenError("claims", "the token has no `exp`: it would be valid for ever")
-    if expires_at <= moment:
-        raise TokenError("expired", "the token has expired")
+    if expires_at > moment + MAX_LIFE + LEEWAY:
+        raise TokenError("claims", f"the token's `exp` is more than {MAX_LIFE / 86_400:.0f} days ahead")
     # Not `iat`, which is information (RFC 7519 §4.1.6): a clock that is set back would void every token that is out.
-    _number(payload, "iat")
     if (_number(payload, "nbf") or 0.0) > moment + LEEWAY:
         raise TokenError("claims", "the token's `nbf` is in the future")
+    use = payload.get("use", "token")
+    if use not in tuple(uses):
+        raise TokenError(
+            "use", "this is for another use: a ticket goes into `?ticket=`, a token into a header"
+        )
+    return payload
+
+
+def _refuse_expired(payload: Mapping[str, Any], moment: float) -> None:
+    if (_number(payload, "exp") or 0.0) <= moment:
+        raise TokenError("expired", "the token has expired")
+
+
+def _claims(payload: Mapping[str, Any]) -> Claims:
+    runs = payload.get("runs")
     return Claims(
         subject=_text(payload, "sub"),
-        expires_at=expires_at,
+        expires_at=_number(payload, "exp") or 0.0,
         id=_text(payload, "jti"),
         actions=frozenset(_texts(payload, "actions")) & ACTIONS,
-        runs="*" if payload.get("runs") == "*" else frozenset(_texts(payload, "runs")),
+        runs=runs if runs in ("*", OWN) else frozenset(_texts(payload, "runs")),
         tasks=_texts(payload, "tasks"),
+        issued_at=_number(payload, "iat") or 0.0,
     )
 
 

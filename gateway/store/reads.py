@@ -12,10 +12,10 @@ import json
 import os
 import sqlite3
 import stat
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from gateway.store.rows import (
     MAX_QUARANTINED,
@@ -26,20 +26,26 @@ from gateway.store.rows import (
     Opened,
     OutputRow,
     QuarantinedRow,
+    RevocationRow,
     RunFilter,
     RunRow,
+    TicketRow,
 )
 from gateway.store.schema import (
     ATTEMPT_COLUMNS,
     EVENT_COLUMNS,
     KEY_COLUMNS,
     OUTPUT_COLUMNS,
+    REVOCATION_COLUMNS,
     RUN_COLUMNS,
+    TICKET_COLUMNS,
     columns,
 )
 from taskkit import linux
 from taskkit.identifiers import parse_run_id
 from taskkit.lifecycle import RunStatus
+
+_T = TypeVar("_T")
 
 #: Largest blob that is read, bytes. Far above LIMITS.result_bytes (8 MiB); it bounds memory against a file
 #: that user code put into the directory.
@@ -96,8 +102,17 @@ def opened(connection: sqlite3.Connection) -> Opened:
         next_pos=_next(connection, "event"),
         breakers=dict(connection.execute("SELECT task, record FROM breaker")),
         quarantined=_quarantined(connection),
+        tickets=_all(connection, "ticket", TICKET_COLUMNS, TicketRow),
+        revocations=_all(connection, "revocation", REVOCATION_COLUMNS, RevocationRow),
         more_untold=ended == MAX_UNTOLD,
     )
+
+
+def _all(
+    connection: sqlite3.Connection, table: str, names: Iterable[str], row: Callable[..., _T]
+) -> list[_T]:
+    found = connection.execute(f"SELECT {columns(names)} FROM {table} ORDER BY expires_at")
+    return [row(*values) for values in found.fetchall()]
 
 
 def _quarantined(connection: sqlite3.Connection) -> list[QuarantinedRow]:
@@ -158,6 +173,8 @@ def _conditions(which: RunFilter) -> Iterable[tuple[str, Any]]:
 
 
 def _visible(which: RunFilter) -> Iterable[tuple[str, Any]]:
+    if which.owner is not None:
+        yield "subject = ?", which.owner
     # One JSON array for any number of items: SQLite allows 32,766 parameters.
     if which.ids is not None:
         yield "id IN (SELECT value FROM json_each(?))", json.dumps(which.ids)

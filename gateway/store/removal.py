@@ -55,7 +55,14 @@ class OldKeys:
     before: float
 
 
-Removal = OldEvents | OldestEvents | SurplusEvents | OldRuns | OldResults | OldKeys
+@dataclass(frozen=True, slots=True)
+class OldGrants:
+    """Used tickets, and revocations of tokens, that had expired before `before`."""
+
+    before: float
+
+
+Removal = OldEvents | OldestEvents | SurplusEvents | OldRuns | OldResults | OldKeys | OldGrants
 
 
 @dataclass(slots=True)
@@ -73,6 +80,7 @@ class Removed:
     runs: int = 0
     results: int = 0
     keys: int = 0
+    grants: int = 0
     size: int = 0
     blobs: list[str] = field(default_factory=list)
     more: bool = False
@@ -80,7 +88,7 @@ class Removed:
     @property
     def rows(self) -> int:
         """How many rows a person would count."""
-        return self.events + self.lines + self.runs + self.results + self.keys
+        return self.events + self.lines + self.runs + self.results + self.keys + self.grants
 
     def add(self, other: Removed) -> None:
         """Count another slice in; `more` is that of the newest."""
@@ -89,6 +97,7 @@ class Removed:
         self.runs += other.runs
         self.results += other.results
         self.keys += other.keys
+        self.grants += other.grants
         self.size += other.size
         self.blobs += other.blobs
         self.more = other.more

@@ -18,6 +18,7 @@ from typing import Any, Final
 from gateway.store.removal import (
     OldestEvents,
     OldEvents,
+    OldGrants,
     OldKeys,
     OldResults,
     OldRuns,
@@ -177,6 +178,19 @@ def _(removal: OldKeys, slices: Slices) -> Removed:
     )
     slices.connection.executemany("DELETE FROM idempotency WHERE subject = ? AND key = ?", due)
     return Removed(keys=len(due), more=len(due) == SLICE_ROWS)
+
+
+@_take.register
+def _(removal: OldGrants, slices: Slices) -> Removed:
+    removed = Removed()
+    for table, key in (("ticket", "id"), ("revocation", "kind, name")):
+        removed.grants += slices.connection.execute(
+            f"DELETE FROM {table} WHERE ({key}) IN "
+            f"(SELECT {key} FROM {table} WHERE expires_at < ? ORDER BY expires_at LIMIT ?)",
+            (removal.before, SLICE_ROWS - removed.grants),
+        ).rowcount
+    removed.more = removed.grants == SLICE_ROWS
+    return removed
 
 
 def _oldest_events(slices: Slices, before: float | None, size: int | None = None) -> Removed:

@@ -161,6 +161,27 @@ class KeyRow:
     created_at: float
 
 
+@dataclass(slots=True, frozen=True)
+class TicketRow:
+    """A ticket that was used: its `jti`, and until when it could have been, in Unix seconds."""
+
+    id: str
+    expires_at: float
+
+
+@dataclass(slots=True, frozen=True)
+class RevocationRow:
+    """What was taken back: one token (`kind` "jti"), or all that a subject had at `at` ("sub").
+
+    `expires_at`: when everything that it covers has expired.
+    """
+
+    kind: str
+    name: str
+    at: float
+    expires_at: float
+
+
 #: Ended runs kept in memory because Django has not been told of them: 2 KB each without arguments and result. The
 #: courier writes 100 in a transaction.
 MAX_UNTOLD = 5_000
@@ -194,6 +215,8 @@ class Batch:
       told: version by run number that Django has.
       keys: new idempotency keys.
       breakers: record of a task's circuit breaker by its name, None when there is nothing to keep.
+      tickets: used in this round.
+      revocations: made in this round; one of the same name is replaced.
       full: commit with synchronous=FULL (an accept, a claim or an end is among it).
     """
 
@@ -209,6 +232,8 @@ class Batch:
     told: dict[int, int] = field(default_factory=dict)
     keys: list[KeyRow] = field(default_factory=list)
     breakers: dict[str, bytes | None] = field(default_factory=dict)
+    tickets: list[TicketRow] = field(default_factory=list)
+    revocations: list[RevocationRow] = field(default_factory=list)
     full: bool = False
 
     def __bool__(self) -> bool:
@@ -226,6 +251,8 @@ class Batch:
             or self.told
             or self.keys
             or self.breakers
+            or self.tickets
+            or self.revocations
         )
 
 
@@ -241,6 +268,7 @@ class Opened:
       next_no, next_pos: first free numbers.
       breakers: record of the circuit breaker by name of the task.
       quarantined: the newest runs in quarantine that nobody has released, oldest first.
+      tickets, revocations: all that have not been removed.
     """
 
     runs: dict[int, RunRow]
@@ -250,12 +278,17 @@ class Opened:
     next_pos: int
     breakers: dict[str, bytes] = field(default_factory=dict)
     quarantined: list[QuarantinedRow] = field(default_factory=list)
+    tickets: list[TicketRow] = field(default_factory=list)
+    revocations: list[RevocationRow] = field(default_factory=list)
     more_untold: bool = False
 
 
 @dataclass(slots=True, kw_only=True)
 class RunFilter:
-    """Which runs to list, newest first; `before` is the number of the last run of the page before."""
+    """Which runs to list, newest first; `before` is the number of the last run of the page before.
+
+    `owner`, `ids` and `tasks` are what a token reaches: one of them has to fit, if any is there.
+    """
 
     status: RunStatus | None = None
     task: str | None = None
@@ -263,6 +296,7 @@ class RunFilter:
     since: float | None = None
     until: float | None = None
     subject: str | None = None
+    owner: str | None = None
     ids: tuple[str, ...] | None = None
     tasks: tuple[str, ...] | None = None
     before: int | None = None

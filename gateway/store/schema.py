@@ -12,13 +12,15 @@ from dataclasses import fields
 from typing import Final
 
 from gateway.store.protocol import StoreTooNew
-from gateway.store.rows import AttemptRow, EventRow, KeyRow, OutputRow, RunRow
+from gateway.store.rows import AttemptRow, EventRow, KeyRow, OutputRow, RevocationRow, RunRow, TicketRow
 
 RUN_COLUMNS: Final = tuple(field.name for field in fields(RunRow))
 ATTEMPT_COLUMNS: Final = tuple(field.name for field in fields(AttemptRow))
 EVENT_COLUMNS: Final = tuple(field.name for field in fields(EventRow))
 OUTPUT_COLUMNS: Final = tuple(field.name for field in fields(OutputRow))
 KEY_COLUMNS: Final = tuple(field.name for field in fields(KeyRow))
+TICKET_COLUMNS: Final = tuple(field.name for field in fields(TicketRow))
+REVOCATION_COLUMNS: Final = tuple(field.name for field in fields(RevocationRow))
 
 #: AUTOINCREMENT where a number must never be given out twice, even when retention has removed the newest row:
 #: `no` stands in every other table, `pos` is a cursor of multiplexed streams. Measured: no difference per
@@ -146,8 +148,22 @@ _RETENTION: Final = (
     "CREATE INDEX key_by_age ON idempotency (created_at)",
 )
 
+#: Tickets that were used, tokens that were taken back.
+_GRANTS: Final = (
+    "CREATE TABLE ticket (id TEXT PRIMARY KEY, expires_at REAL NOT NULL) WITHOUT ROWID",
+    "CREATE INDEX ticket_by_age ON ticket (expires_at)",
+    """CREATE TABLE revocation (
+        kind TEXT NOT NULL,
+        name TEXT NOT NULL,
+        at REAL NOT NULL,
+        expires_at REAL NOT NULL,
+        PRIMARY KEY (kind, name)
+    ) WITHOUT ROWID""",
+    "CREATE INDEX revocation_by_age ON revocation (expires_at)",
+)
+
 #: Statements of each step.
-STEPS: Final[tuple[Sequence[str], ...]] = (_FIRST, _CRASHES, _RETENTION)
+STEPS: Final[tuple[Sequence[str], ...]] = (_FIRST, _CRASHES, _RETENTION, _GRANTS)
 
 
 def columns(names: Iterable[str]) -> str:

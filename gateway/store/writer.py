@@ -27,7 +27,9 @@ from gateway.store.schema import (
     EVENT_COLUMNS,
     KEY_COLUMNS,
     OUTPUT_COLUMNS,
+    REVOCATION_COLUMNS,
     RUN_COLUMNS,
+    TICKET_COLUMNS,
     columns,
 )
 from taskkit import failpoints
@@ -81,6 +83,12 @@ _UPSERT_BREAKER: Final = (
     "ON CONFLICT (task) DO UPDATE SET record = excluded.record"
 )
 _DELETE_BREAKER: Final = "DELETE FROM breaker WHERE task = ?"
+#: A ticket that only the store remembers would take a clock that was set back by an hour; it must not end the gateway.
+_INSERT_TICKET: Final = _insert("ticket", TICKET_COLUMNS) + " ON CONFLICT DO NOTHING"
+_UPSERT_REVOCATION: Final = (
+    _insert("revocation", REVOCATION_COLUMNS)
+    + " ON CONFLICT (kind, name) DO UPDATE SET at = excluded.at, expires_at = excluded.expires_at"
+)
 _UPDATE_TOLD: Final = "UPDATE run SET told = ? WHERE no = ? AND told < ?"
 
 
@@ -134,6 +142,8 @@ _attempt_values = attrgetter(*ATTEMPT_COLUMNS)
 _attempt_changes = attrgetter(*_ATTEMPT_MUTABLE, "token")
 _output_values = attrgetter(*OUTPUT_COLUMNS)
 _key_values = attrgetter(*KEY_COLUMNS)
+_ticket_values = attrgetter(*TICKET_COLUMNS)
+_revocation_values = attrgetter(*REVOCATION_COLUMNS)
 
 
 def prepare(batch: Batch) -> Prepared:
@@ -165,6 +175,8 @@ def prepare(batch: Batch) -> Prepared:
         Step(_INSERT_KEY, [_key_values(row) for row in batch.keys]),
         Step(_UPSERT_BREAKER, [(task, record) for task, record in batch.breakers.items() if record]),
         Step(_DELETE_BREAKER, [(task,) for task, record in batch.breakers.items() if not record]),
+        Step(_INSERT_TICKET, [_ticket_values(row) for row in batch.tickets]),
+        Step(_UPSERT_REVOCATION, [_revocation_values(row) for row in batch.revocations]),
     )
     return Prepared(tuple(step for step in steps if step.rows), batch.full, events, outputs)
 

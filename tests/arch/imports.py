@@ -30,6 +30,7 @@ SHARED = (
     "taskkit.failpoints",
     "taskkit.seqpacket",
     "taskkit.channel",
+    "taskkit.claims",
     "taskkit.tokens",
 )
 
@@ -46,6 +47,7 @@ PURE = (
     "taskkit.errors",
     "taskkit.identifiers",
     "taskkit.settings",
+    "taskkit.claims",
     "gateway.sse",
     "gateway.submission",
     "gateway.arguments",
@@ -63,6 +65,8 @@ PURE = (
     "gateway.store.rows",
     "gateway.store.removal",
     "gateway.ages",
+    "gateway.grants",
+    "gateway.failures",
     "supervisor.policy",
     "supervisor.causes",
     "supervisor.deadlines",

@@ -32,6 +32,7 @@ LIMITS: Final = {
     "gateway_beat_seconds": 5.0,
     "gateway_restarts": 40,
     "restart_delay_seconds": 0.3,
+    "streams_per_token": 1_000,  # all clients have one
 }
 
 #: A task that is held back is tried again soon, or nothing would come to rest; retention looks often.

@@ -17,6 +17,7 @@ from gateway.app import build_app
 from gateway.auth import Authenticator
 from gateway.changes import Changes
 from gateway.fanout import Hub
+from gateway.grants import Grants, Revocation
 from gateway.retention import Retention
 from gateway.store.protocol import StoreError
 from gateway.store.removal import Removal, Removed, RunLength, Usage
@@ -241,7 +242,8 @@ class MemoryStore:
 
 
 def _selects(which: RunFilter, row: RunRow) -> bool:
-    visible = which.ids is None and which.tasks is None
+    visible = which.owner is None and which.ids is None and which.tasks is None
+    visible = visible or row.subject == which.owner
     visible = visible or row.id in (which.ids or ())
     visible = visible or any(fnmatchcase(row.task, pattern) for pattern in which.tasks or ())
     return (
@@ -288,6 +290,7 @@ class StubEngine:
     submissions: list[Submission] = field(default_factory=list)
     ordered: list[tuple[str, bool]] = field(default_factory=list)
     held: set[str] = field(default_factory=set)
+    grants: Grants = field(default_factory=lambda: Grants(Opened({}, [], {}, 1, 1)))
 
     async def submit(self, submission: Submission) -> tuple[RunRow, bool]:
         await trio.lowlevel.checkpoint()
@@ -359,6 +362,20 @@ class StubEngine:
         self.held.discard(task)
         return was_held
 
+    async def redeem(self, ticket: tokens.Ticket) -> bool:
+        await trio.lowlevel.checkpoint()
+        return self.grants.redeem(ticket, trio.current_time(), Batch())
+
+    def is_used(self, ticket: tokens.Ticket) -> bool:
+        return self.grants.is_used(ticket)
+
+    async def revoke(self, revocation: Revocation) -> None:
+        await trio.lowlevel.checkpoint()
+        self.grants.revoke(revocation, Batch())
+
+    def is_revoked(self, claims: tokens.Claims) -> bool:
+        return self.grants.is_revoked(claims)
+
     def runners(self) -> list[View]:
         return self.views
 
@@ -420,7 +437,10 @@ def token(**claims: Any) -> str:
 
 def app_of(engine: StubEngine) -> Any:
     """Return the application over `engine`."""
-    authenticator = Authenticator(KEY, ["testserver"], engine.settings.cors_origins)
+    settings = engine.settings
+    authenticator = Authenticator(
+        KEY, ["testserver"], settings.cors_origins, desk=engine, limits=settings.limits
+    )
     return build_app(engine, authenticator, Retention(engine.store, engine.settings, "boot"))
 
 

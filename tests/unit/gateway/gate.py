@@ -253,7 +253,7 @@ async def gate(
     told: list[Message] = []
     engine = Engine(
         store=wrap(store),
-        book=Book(settings, opened, [runner.spec.id for runner in adopting], 1000.0),
+        book=Book(settings, opened, [runner.spec.id for runner in adopting], 1000.0, trio.current_time()),
         hub=hub,
         catalogue=Catalogue([TASK, ROW_TASK]),
         settings=settings,

@@ -9,9 +9,11 @@ import pytest
 from starlette.requests import Request
 from starlette.types import Message, Receive, Scope, Send
 
-from gateway.auth import COOKIE, Authenticator, HostGuard, host_of, is_allowed_host
+from gateway.auth import Authenticator, HostGuard, host_of, is_allowed_host
+from gateway.cookies import COOKIE
 from taskkit.errors import Forbidden
 from taskkit.tokens import TokenError, issue
+from tests.unit.gateway.fakes import StubEngine
 
 KEY = b"k" * 32
 TOKEN = issue(KEY, actions=["read"], runs="*", ttl=600, subject="ann")
@@ -23,7 +25,7 @@ def request(method: str = "GET", *headers: tuple[str, str]) -> Request:
 
 
 def authenticator(*origins: str) -> Authenticator:
-    return Authenticator(KEY, [], origins)
+    return Authenticator(KEY, [], origins, desk=StubEngine())
 
 
 class TestTokens:

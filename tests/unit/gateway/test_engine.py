@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import random
+import sqlite3
 import uuid
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, closing
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 import trio
 
 from gateway.accepting import Acceptance
+from gateway.grants import Revocation
 from gateway.store.protocol import StoreError
 from gateway.store.rows import Batch, EventRow, RunRow
 from gateway.store.sqlite import SqliteStore
@@ -22,6 +24,7 @@ from taskkit.errors import IdempotencyConflict, LifecycleError, NotWritable, Que
 from taskkit.identifiers import new_run_id
 from taskkit.lifecycle import RunStatus
 from taskkit.settings import BreakerSettings, LimitSettings, Settings
+from taskkit.tokens import Claims, Ticket
 from taskkit.wire.messages import (
     Assigned,
     Cancel,
@@ -807,3 +810,56 @@ async def test_an_operator_resets_a_task_and_ends_runners(tmp_path: Path, runner
         other = _up(g, runners("r3"))
         assert await g.engine.end_runner("r3", now=False)
         await other.ordered(Retire)
+
+
+# --- tickets and revocations
+
+
+def _ticket(id: str = "t") -> Ticket:
+    return Ticket(id, _claims(), valid_until=2e9)
+
+
+def _claims(id: str = "j") -> Claims:
+    return Claims("ann", 2e9, id, frozenset({"read"}), "*", (), 100.0)
+
+
+async def test_of_two_requests_in_one_round_one_uses_the_ticket(tmp_path: Path) -> None:
+    async with gate(tmp_path) as g:
+        won: list[bool] = []
+
+        async def ask() -> None:
+            won.append(await g.engine.redeem(_ticket()))
+
+        rounds = g.engine.rounds
+        async with trio.open_nursery() as nursery:
+            for _ in range(5):
+                nursery.start_soon(ask)
+        assert sorted(won) == [False, False, False, False, True]
+        assert g.engine.rounds == rounds + 1
+        assert g.engine.is_used(_ticket())
+
+
+async def test_a_used_ticket_and_a_revocation_outlive_the_gateway(tmp_path: Path) -> None:
+    async with gate(tmp_path) as g:
+        assert await g.engine.redeem(_ticket())
+        await g.engine.revoke(Revocation("jti", "j", 200.0))
+        # Nothing of this gateway is asked again: what counts was on disk when the calls returned.
+        with closing(sqlite3.connect(tmp_path / "store.sqlite3")) as other:
+            assert other.execute("SELECT id FROM ticket").fetchall() == [("t",)]
+            assert other.execute("SELECT kind, name FROM revocation").fetchall() == [("jti", "j")]
+    async with gate(tmp_path) as g:
+        assert not await g.engine.redeem(_ticket())
+        assert g.engine.is_revoked(_claims())
+        assert not g.engine.is_revoked(_claims("k"))
+
+
+async def test_a_store_that_takes_nothing_uses_up_no_ticket(tmp_path: Path) -> None:
+    async with gate(tmp_path) as g:
+        g.engine.store_error = "no space left on device"
+        with pytest.raises(NotWritable):
+            await g.engine.redeem(_ticket())
+        with pytest.raises(NotWritable):
+            await g.engine.revoke(Revocation("jti", "j", 200.0))
+        g.engine.store_error = ""
+        assert not g.engine.is_revoked(_claims())
+        assert await g.engine.redeem(_ticket())

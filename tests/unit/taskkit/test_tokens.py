@@ -14,7 +14,21 @@ import jwt
 import pytest
 
 from taskkit.errors import SettingsError
-from taskkit.tokens import ACTIONS, AUDIENCE, KEY_BYTES, TokenError, issue, key_id, load_or_create_key, verify
+from taskkit.tokens import (
+    ACTIONS,
+    AUDIENCE,
+    KEY_BYTES,
+    MAX_LIFE,
+    MAX_TICKET,
+    TokenError,
+    issue,
+    issue_ticket,
+    key_id,
+    load_or_create_key,
+    read_ticket,
+    session_of,
+    verify,
+)
 
 KEY = bytes(range(KEY_BYTES))
 NOW = 1_800_000_000.0
@@ -305,3 +319,79 @@ class TestKey:
         os.mkfifo(tmp_path / "key", 0o600)
         with pytest.raises(SettingsError, match="no regular file"):
             load_or_create_key(tmp_path / "key")
+
+
+class TestTickets:
+    def test_a_ticket_says_what_its_session_may(self) -> None:
+        text = issue_ticket(
+            KEY, actions=["read"], runs=[RUN], tasks=["a.*"], session=100, subject="ann", parent="p", now=NOW
+        )
+        ticket = read_ticket(KEY, text, NOW)
+        claims = ticket.claims
+        assert (claims.subject, claims.id, claims.runs, claims.tasks) == ("ann", "p", {RUN}, ("a.*",))
+        assert (ticket.valid_until, claims.expires_at, claims.issued_at) == (NOW + 60, NOW + 100, NOW)
+        assert jwt.get_unverified_header(text)["kid"] == key_id(KEY)
+
+    def test_a_short_session_shortens_its_ticket(self) -> None:
+        ticket = read_ticket(KEY, issue_ticket(KEY, session=10, subject="ann", now=NOW), NOW)
+        assert (ticket.valid_until, ticket.claims.expires_at, ticket.claims.id) == (
+            NOW + 10,
+            NOW + 10,
+            ticket.id,
+        )
+
+    def test_one_that_is_over_is_read_all_the_same(self) -> None:
+        text = issue_ticket(KEY, subject="ann", now=NOW)
+        assert read_ticket(KEY, text, NOW + 3000).valid_until == NOW + 60
+
+    def test_nobody_makes_one_that_is_good_for_longer(self) -> None:
+        usual_ticket = usual(use="ticket", jti="t", iat=NOW, until=NOW + 900, exp=NOW + 900)
+        assert read_ticket(KEY, forge(usual_ticket), NOW).valid_until == NOW + 60
+        with pytest.raises(TokenError, match="`iat` is in the future"):
+            read_ticket(KEY, forge(usual_ticket | {"iat": NOW + 800}), NOW)
+
+    @pytest.mark.parametrize("lacking", ["jti", "until", "exp"])
+    def test_what_it_has_to_say(self, lacking: str) -> None:
+        payload = usual(use="ticket", jti="t", iat=NOW, until=NOW + 900)
+        del payload[lacking]
+        with pytest.raises(TokenError) as caught:
+            read_ticket(KEY, forge(payload), NOW)
+        assert caught.value.code == "claims"
+
+    def test_token_ticket_and_session_do_not_stand_for_each_other(self) -> None:
+        token = issue(KEY, actions=["read"], ttl=60, subject="ann", now=NOW)
+        ticket = issue_ticket(KEY, subject="ann", now=NOW)
+        session = session_of(KEY, verify(KEY, token, NOW), NOW)
+        assert refused(ticket) == refused(session) == "use"
+        assert refused(forge(usual(use=["token"]))) == "use"
+        for text in (token, session):
+            with pytest.raises(TokenError) as caught:
+                read_ticket(KEY, text, NOW)
+            assert caught.value.code == "use"
+        assert verify(KEY, session, NOW, uses=("token", "cookie")).subject == "ann"
+
+    def test_it_has_to_fit_into_a_cookie(self) -> None:
+        runs = [f"01890000-0000-7000-8000-{n:012d}" for n in range(60)]
+        assert len(issue_ticket(KEY, runs=runs[:30], subject="ann")) <= MAX_TICKET
+        with pytest.raises(ValueError, match="too long for one"):
+            issue_ticket(KEY, runs=runs, subject="ann")
+
+
+class TestLife:
+    def test_nothing_is_valid_for_longer_than_a_revocation_is_remembered(self) -> None:
+        with pytest.raises(ValueError, match="at most"):
+            issue(KEY, actions=["read"], ttl=MAX_LIFE + 1, subject="ann")
+        assert refused(forge(usual(exp=NOW + MAX_LIFE + 60))) == "claims"
+        assert verify(KEY, forge(usual(exp=NOW + MAX_LIFE)), NOW).subject == "ann"
+
+    def test_a_token_tells_when_it_was_issued_to_the_millisecond(self) -> None:
+        token = issue(KEY, actions=["read"], ttl=60, subject="ann", now=NOW + 0.25)
+        assert verify(KEY, token, NOW + 1).issued_at == NOW + 0.25
+        assert verify(KEY, forge(usual()), NOW).issued_at == 0.0
+
+    def test_own_runs_are_those_of_the_subject(self) -> None:
+        claims = verify(KEY, issue(KEY, actions=["read"], runs="own", ttl=60, subject="ann"))
+        assert claims.sees_run("r", "t", "ann")
+        assert not claims.sees_run("r", "t", "bob")
+        assert not claims.sees_run("r", "t"), "of nobody"
+        assert not claims.sees_run("own", "t")

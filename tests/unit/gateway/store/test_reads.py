@@ -259,6 +259,8 @@ class TestFilter:
             ({"until": 2.0}, [1]),
             ({"since": 2.0, "until": 4.0}, [3, 2]),
             ({"subject": "ann"}, [3, 1]),
+            ({"owner": "ann", "tasks": ()}, [3, 1]),
+            ({"owner": "ann", "ids": (), "tasks": ("demo.burn",), "until": 3.0}, [2, 1]),
             ({"ids": ("run-1", "run-3", "other")}, [3, 1]),
             ({"ids": ()}, []),
             ({"tasks": ()}, []),

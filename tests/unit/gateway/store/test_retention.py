@@ -17,6 +17,7 @@ from gateway.store import retention
 from gateway.store.removal import (
     OldestEvents,
     OldEvents,
+    OldGrants,
     OldKeys,
     OldResults,
     OldRuns,
@@ -25,7 +26,7 @@ from gateway.store.removal import (
     SurplusEvents,
 )
 from gateway.store.retention import ROW_BYTES, SLICE_ROWS
-from gateway.store.rows import EventRow, OutputRow, RunRow
+from gateway.store.rows import EventRow, OutputRow, RevocationRow, RunRow, TicketRow
 from gateway.store.writer import Writer
 from taskkit.lifecycle import RunStatus
 from tests.unit.gateway.store import samples
@@ -268,6 +269,18 @@ def test_old_keys_go(writer: Writer) -> None:
     write(writer, keys=[samples.key("a"), replace(samples.key("b"), created_at=50.0)])
     assert take(writer, OldKeys(10.0)).keys == 1
     assert writer.connection.execute("SELECT key FROM idempotency").fetchall() == [("b",)]
+
+
+def test_used_tickets_and_revocations_go_when_they_have_expired(writer: Writer) -> None:
+    write(
+        writer,
+        tickets=[TicketRow(f"t{n}", float(n)) for n in range(SLICE_ROWS + 20)],
+        revocations=[RevocationRow("jti", "a", 0.0, 5.0), RevocationRow("sub", "a", 0.0, 500.0)],
+    )
+    assert take(writer, OldGrants(SLICE_ROWS + 10.0)).grants == SLICE_ROWS + 11
+    rows = writer.connection.execute("SELECT kind FROM revocation").fetchall()
+    assert rows == [("sub",)]
+    assert writer.connection.execute("SELECT count(*) FROM ticket").fetchall() == [(10,)]
 
 
 def test_whatever_is_removed_what_is_kept_has_no_hole(writer: Writer, rng: random.Random) -> None:

@@ -19,7 +19,7 @@ import trio
 import trio.testing
 
 from gateway.store.protocol import Store, StoreError
-from gateway.store.rows import Batch, EventRow, Opened, RunFilter, RunRow
+from gateway.store.rows import Batch, EventRow, Opened, RevocationRow, RunFilter, RunRow, TicketRow
 from gateway.store.sqlite import SqliteStore
 from gateway.store.writer import WalGauge
 from taskkit.lifecycle import RunStatus
@@ -85,6 +85,16 @@ async def test_what_was_committed_is_read(store: SqliteStore) -> None:
     assert await store.last_outputs(1, 1, 1) == lines[1:]
     assert await store.key("ann", "k") == key
     assert (await store.counts())["READY"] == 1
+
+
+async def test_tickets_and_revocations_are_there_when_it_opens_again(store: SqliteStore) -> None:
+    ticket, old = TicketRow("t", 9.0), RevocationRow("sub", "ann", 1.0, 10.0)
+    newer, other = RevocationRow("sub", "ann", 2.0, 11.0), RevocationRow("jti", "ann", 1.0, 12.0)
+    await store.commit(Batch(tickets=[ticket], revocations=[old, other], full=True))
+    await store.commit(Batch(revocations=[newer]))
+    await store.close()
+    found = await store.open()
+    assert (found.tickets, found.revocations) == ([ticket], [newer, other])
 
 
 async def test_it_opens_where_it_was_closed(store: SqliteStore) -> None:
