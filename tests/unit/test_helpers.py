@@ -171,6 +171,7 @@ def test_a_missing_package_ends_the_command_before_any_test(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(command, "is_installed", lambda package: package.name != "curl")
+    monkeypatch.setattr(command, "install", lambda names: pytest.fail(f"{names} would be installed"))
     monkeypatch.setattr("os.geteuid", lambda: 1000)
     monkeypatch.setattr(command, "run_lint", lambda: pytest.fail("a check ran"))
     assert command.main([]) == 2
@@ -180,7 +181,8 @@ def test_a_missing_package_ends_the_command_before_any_test(
 def test_a_group_left_out_is_said_and_needs_no_packages(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(command, "is_installed", lambda package: package.group == "unit")
+    monkeypatch.setattr(command, "is_installed", lambda package: package.group != "e2e")
+    monkeypatch.setattr(command, "install", lambda names: pytest.fail(f"{names} would be installed"))
     ran: list[tuple[str, list[str]]] = []
 
     def run_pytest(group: str, arguments: list[str]) -> command.Outcome:
