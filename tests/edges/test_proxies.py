@@ -105,7 +105,8 @@ def test_other_renderings_are_not_held_either(tree: Tree, proxy: Proxy, gate: Pa
     with raw_get(url, token=tree.token(actions=["read"]), headers=headers) as response:
         found = b""
         while b"said at once" not in found:
-            assert (data := response.read())
+            data = response.read()
+            assert data, found
             found += data
         gate.touch()
         while response.read():
