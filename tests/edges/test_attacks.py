@@ -66,6 +66,7 @@ def chunked(body: bytes, *headers: str) -> bytes:
     return post("Transfer-Encoding: chunked", *headers, body=body)
 
 
+DRIPPING = b"".join(b"1\r\n%c\r\n" % byte for byte in BODY + b" " * 20_000) + b"0\r\n\r\n"
 ONE_CHUNK = b"14\r\n" + BODY + b"\r\n0\r\n\r\n"
 
 #: What is sent, and the statuses that come back: an empty tuple where no answer is owed.
@@ -102,7 +103,7 @@ ATTACKS: dict[str, tuple[bytes, tuple[int, ...]]] = {
     "a request behind the last one": (get(CLOSE) + SMUGGLED, (200,)),
     "garbage behind the last one": (post("Content-Length: 20", body=BODY + b"\r\n\0\xff" * 10_000), (202,)),
     # -- chunks
-    "one-byte chunks": (chunked(b"".join(b"1\r\n%c\r\n" % byte for byte in BODY + b" " * 20_000) + b"0\r\n\r\n"), (202,)),
+    "one-byte chunks": (chunked(DRIPPING), (202,)),
     "spaces behind a chunk's size": (chunked(ONE_CHUNK.replace(b"14\r", b"14 \r")), (202,)),
     "a chunk's size with a sign": (chunked(b"-5\r\n" + BODY), (400,)),
     "a chunk's size as 0x": (chunked(b"0x14\r\n" + BODY), (400,)),
