@@ -46,8 +46,8 @@ def refusal(request: h11.Request, max_bytes: int) -> int | None:
     if _size(request) > max_bytes:
         return 431
     names = [name for name, _ in request.headers]
-    if b"content-length" in names and b"transfer-encoding" in names:
-        return 400  # the classic smuggler's: a proxy may have gone by the other one
+    if b"transfer-encoding" in names and (b"content-length" in names or request.http_version == b"1.0"):
+        return 400  # the smuggler's: a proxy may have gone by the other length, or have found none
     if request.method != request.method.upper():
         return 501  # a method is told by its letters' case; hypercorn would take `get` for GET
     return None

@@ -60,7 +60,8 @@ class Proxy:
     state_dir: Path
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """Return a port that nobody listens on now."""
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         return int(sock.getsockname()[1])
@@ -91,7 +92,7 @@ def _running(
     process: subprocess.Popen[bytes] | None = None
     try:
         for _ in range(5):
-            port = _free_port()
+            port = free_port()
             with (folder / "output").open("ab") as output:
                 process = subprocess.Popen(
                     command(folder, port),

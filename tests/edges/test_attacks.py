@@ -90,6 +90,7 @@ ATTACKS: dict[str, tuple[bytes, tuple[int, ...]]] = {
     "CL below 0": (post("Content-Length: -1", body=BODY + SMUGGLED), (400,)),
     "CL in hex": (post("Content-Length: 0x14", body=BODY + SMUGGLED), (400,)),
     "CL of 5000 digits": (post("Content-Length: " + "9" * 5000), (400,)),
+    "TE in HTTP/1.0": (chunked(b"0\r\n\r\n" + SMUGGLED).replace(b"HTTP/1.1", b"HTTP/1.0", 1), (400,)),
     "TE unknown": (post("Transfer-Encoding: xchunked", body=b"0\r\n\r\n" + SMUGGLED), (501,)),
     "TE identity": (post("Transfer-Encoding: identity", body=b"0\r\n\r\n" + SMUGGLED), (501,)),
     "TE twice": (post(*["Transfer-Encoding: chunked"] * 2, body=b"0\r\n\r\n" + SMUGGLED), (501,)),

@@ -30,6 +30,7 @@ def request(
         (request("/x", ("Transfer-Encoding", "chunked")), None),
         (request("/x", ("Content-Length", "5"), ("Transfer-Encoding", "chunked")), 400),
         (request("/x", ("Transfer-Encoding", "chunked"), ("Content-Length", "5")), 400),
+        (request("/x", ("Transfer-Encoding", "chunked"), version="1.0"), 400),
         (request(method="get"), 501),
         (request(method="M-SEARCH"), None),
     ],
