@@ -37,7 +37,7 @@ from hypercorn.typing import ASGIReceiveEvent, ASGISendEvent, ConnectionState, S
 from hypercorn.utils import parse_socket_addr
 from starlette.types import ASGIApp, Message
 
-from gateway import problems
+from gateway import heads, problems
 from taskkit import linux
 
 logger = logging.getLogger(__name__)
@@ -182,27 +182,29 @@ class _Inbox:
 class _Http1(H11Protocol):
     """hypercorn's HTTP/1 without the doors to HTTP/2 and WebSocket, with problem documents for errors."""
 
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self._parser = heads.Parser(h11.SERVER, max_incomplete_event_size=self.config.h11_max_incomplete_size)
+        self.connection = self._parser
+
     async def _check_protocol(self, event: h11.Request) -> None:
         """Switch to nothing: hypercorn would go over to HTTP/2 here (`Upgrade: h2c`, `PRI * HTTP/2.0`)."""
 
+    async def handle(self, event: Event) -> None:
+        """Take what the connection brings; bytes behind the last request are nobody's."""
+        if isinstance(event, RawData) and self._parser.is_through:
+            return
+        await super().handle(event)
+
     async def _create_stream(self, request: h11.Request) -> None:
-        if request.http_version not in (b"1.0", b"1.1"):
-            await self._refuse(505)
+        status = heads.refusal(request, self.config.h11_max_incomplete_size)
+        plain = heads.in_origin_form(request)
+        if status is not None or plain is None:
+            await self._refuse(400 if status is None else status)
             return
-        if _head_size(request) > self.config.h11_max_incomplete_size:
-            # h11 applies its limit to what is incomplete only: a head that comes in one piece passes.
-            await self._refuse(431)
-            return
-        if any(name == b"upgrade" for name, _ in request.headers):
-            # A server may ignore an upgrade (RFC 9110 §7.8); the application answers the plain request. So no
-            # byte reaches hypercorn's WSStream, which an early frame or a header that is not ASCII crashes.
-            request = h11.Request(
-                method=request.method,
-                target=request.target,
-                headers=[(name, value) for name, value in request.headers if name != b"upgrade"],
-                http_version=request.http_version,
-            )
-        await super()._create_stream(request)
+        # A server may ignore an upgrade (RFC 9110 §7.8); the application answers the plain request. So no byte reaches
+        # hypercorn's WSStream, which an early frame or a header that is not ASCII crashes.
+        await super()._create_stream(heads.without(plain, b"upgrade"))
 
     async def _refuse(self, status_code: int) -> None:
         await self._send_error_response(status_code)
@@ -230,10 +232,6 @@ class _Http1(H11Protocol):
     def awaits_body(self) -> bool:
         """Whether more of the request's body is to come."""
         return self.connection.their_state is h11.SEND_BODY
-
-
-def _head_size(request: h11.Request) -> int:
-    return len(request.target) + sum(len(name) + len(value) + 4 for name, value in request.headers)
 
 
 class Connection:

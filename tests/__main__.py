@@ -9,6 +9,7 @@ test ran).
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import re
 import shutil
@@ -36,6 +37,7 @@ FOLDERS = {
     "moments": (MOMENTS,),
     "e2e": ("tests/e2e", "-m", "not alone"),
     "alone": ("tests/e2e", "-m", "alone"),
+    "edges": ("tests/edges",),
     "chaos": ("tests/chaos", f"--ignore={MOMENTS}", f"--ignore={GUARDS}"),
     "bench-smoke": ("tests/bench",),
 }
@@ -100,12 +102,23 @@ def read_packages(text: str) -> list[Package]:
 
 
 def is_installed(package: Package) -> bool:
-    """Whether the package is there; on a system without dpkg, whether its command is."""
+    """Whether the package is there, or one that provides it; on a system without dpkg, whether its command is."""
     if shutil.which("dpkg-query") is None:
         return shutil.which(package.command) is not None
-    query = ["dpkg-query", "--show", "--showformat=${db:Status-Status}", package.name]
-    answer = subprocess.run(query, capture_output=True, text=True, check=False)
-    return answer.stdout == "installed"
+    return package.name in installed_packages()
+
+
+@functools.cache
+def installed_packages() -> frozenset[str]:
+    """Return the names of what dpkg has installed, and those that it stands for: NodeSource's `nodejs` has `npm`."""
+    query = ["dpkg-query", "--show", "--showformat=${db:Status-Status}\t${Package}, ${Provides}\n"]
+    answer = subprocess.run(query, capture_output=True, text=True, check=True).stdout
+    found = set()
+    for line in answer.splitlines():
+        status, _, names = line.partition("\t")
+        if status == "installed":
+            found |= {name.partition("(")[0].strip() for name in names.split(",")}
+    return frozenset(found)
 
 
 def install(names: Sequence[str]) -> bool:
@@ -115,6 +128,7 @@ def install(names: Sequence[str]) -> bool:
     for update in (False, True):  # the lists may be there already; they are fetched when they are not
         if update:
             subprocess.run(["apt-get", "update"], check=False, env=environment)
+        installed_packages.cache_clear()
         if subprocess.run(command, check=False, env=environment).returncode == 0:
             return True
     return False

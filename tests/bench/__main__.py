@@ -16,12 +16,12 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from tests.bench import crowd, events, retention, start
+from tests.bench import crowd, events, memory, retention, start
 from tests.bench.figures import Figure, table
 from tests.bench.registry import BENCHMARKS
 
 #: Importing a module registers its benchmarks.
-MODULES = (start, events, retention, crowd)
+MODULES = (start, events, retention, crowd, memory)
 
 
 def machine() -> dict[str, Any]:

@@ -153,10 +153,25 @@ def test_apt_txt_is_read() -> None:
         command.read_packages("# fine\nno reason\n")
 
 
+def test_a_package_may_be_provided_by_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = "installed\tnodejs, nodejs-dev, npm (= 10)\nconfig-files\tcaddy, httpd\n"
+    monkeypatch.setattr("shutil.which", lambda command: f"/usr/bin/{command}")
+    monkeypatch.setattr(
+        "subprocess.run", lambda command, **_: subprocess.CompletedProcess(command, 0, stdout=shown)
+    )
+    command.installed_packages.cache_clear()
+    try:
+        packages = [command.Package(name, None, name) for name in ("nodejs", "npm", "caddy", "httpd")]
+        assert [command.is_installed(package) for package in packages] == [True, True, False, False]
+    finally:
+        command.installed_packages.cache_clear()
+
+
 def test_a_missing_package_ends_the_command_before_any_test(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(command, "is_installed", lambda package: package.name != "curl")
+    monkeypatch.setattr(command, "install", lambda names: pytest.fail(f"{names} would be installed"))
     monkeypatch.setattr("os.geteuid", lambda: 1000)
     monkeypatch.setattr(command, "run_lint", lambda: pytest.fail("a check ran"))
     assert command.main([]) == 2
@@ -166,7 +181,8 @@ def test_a_missing_package_ends_the_command_before_any_test(
 def test_a_group_left_out_is_said_and_needs_no_packages(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(command, "is_installed", lambda package: package.group == "unit")
+    monkeypatch.setattr(command, "is_installed", lambda package: package.group != "e2e")
+    monkeypatch.setattr(command, "install", lambda names: pytest.fail(f"{names} would be installed"))
     ran: list[tuple[str, list[str]]] = []
 
     def run_pytest(group: str, arguments: list[str]) -> command.Outcome:
@@ -176,11 +192,13 @@ def test_a_group_left_out_is_said_and_needs_no_packages(
     monkeypatch.setattr(command, "run_pytest", run_pytest)
     left_out = ["--without", "e2e", "--without=lint", "--without=moments", "--without=alone"]
     assert command.main([*left_out, "--", "-k", "x"]) == 1
-    assert ran == [(group, ["-k", "x"]) for group in ("unit", "arch", "guards", "chaos", "bench-smoke")]
+    assert ran == [
+        (group, ["-k", "x"]) for group in ("unit", "arch", "guards", "edges", "chaos", "bench-smoke")
+    ]
     told = capsys.readouterr().out
     assert "e2e          NOT RUN" in told
     assert "lint         NOT RUN" in told
-    assert "15 passed, 1 failed" in told
+    assert "18 passed, 1 failed" in told
 
 
 def test_a_group_beside_others_is_waited_for_and_printed(capsys: pytest.CaptureFixture[str]) -> None:

@@ -596,6 +596,34 @@ class TestAttacks:
             assert b"urn:bulkhead:problem:headers-too-large" in answer
         assert running.app.peers == []
 
+    @pytest.mark.parametrize("version", ["1.0", "1.1"])
+    async def test_bytes_behind_the_last_request_cost_nobody_an_answer(self, version: str) -> None:
+        """Old clients send an empty line behind a body; a smuggler sends a request."""
+        last = request("/echo", "Content-Length: 4", "Connection: close", method="POST", version=version)
+        async with serving() as running, bystander(running):
+            for rest in (b"\r\n", request("/boom"), b"\0" * 500_000):
+                answer = await ask(running, last + b"body" + rest)
+                assert answer.startswith(OK)
+                assert answer.endswith(b"\r\n\r\nbody")
+        assert running.app.seen.count("boom") == 0
+
+    async def test_a_proxys_form_of_target_is_understood(self) -> None:
+        async with serving() as running:
+            answer = await ask(running, request("http://elsewhere.example/hello", "Connection: close"))
+        assert answer.endswith(b"hello")
+
+    async def test_a_request_with_two_lengths_is_refused(self) -> None:
+        """Whoever goes by the other one takes what follows for the body, or the body for what follows."""
+        both = ("Content-Length: 5", "Transfer-Encoding: chunked")
+        async with serving() as running, bystander(running):
+            for lengths in (both, both[::-1]):
+                answer = await ask(
+                    running, request("/echo", *lengths, method="POST") + b"0\r\n\r\n" + request("/boom")
+                )
+                assert answer.startswith(b"HTTP/1.1 400")
+                assert answer.count(b"\r\n\r\n") == 1, "one answer"
+        assert "boom" not in running.app.seen
+
     async def test_garbage_is_refused(self) -> None:
         async with serving() as running, bystander(running):
             assert (await ask(running, b"\x16\x03\x01\x02\x00\x01\x00\x01\r\n\r\n")).startswith(

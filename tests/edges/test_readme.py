@@ -1,0 +1,327 @@
+"""Every fenced block of the README, in its order, in a fresh project: what a reader copies has to work.
+
+A block without a language is a drawing. Any other has a line in WAYS: a text that only this block has, and how it is
+run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from tests.edges.listeners import Helper, new_folder
+from tests.edges.proxies import free_port
+from tests.helpers import ROOT, eventually, raw_get
+from tests.processes import opened
+
+README = ROOT / "README.md"
+
+_FENCE = re.compile(
+    r"^(?P<indent> *)```(?P<language>\w*)\n(?P<text>.*?)^(?P=indent)```$", re.MULTILINE | re.DOTALL
+)
+
+#: Seconds for one command; the slowest imports Django three times.
+PATIENCE = 60
+
+
+@dataclass(frozen=True)
+class Block:
+    """One fenced block, without the indentation of its fence."""
+
+    line: int
+    language: str
+    text: str
+
+    @property
+    def label(self) -> str:
+        return f"README.md:{self.line} ({self.language or 'drawing'}) {self.text.strip().splitlines()[0]}"
+
+
+def blocks() -> list[Block]:
+    """Return the README's blocks in their order."""
+    text = README.read_text()
+    return [
+        Block(text.count("\n", 0, found.start()) + 1, found["language"], textwrap.dedent(found["text"]))
+        for found in _FENCE.finditer(text)
+    ]
+
+
+@dataclass
+class Server:
+    """A process that goes on until the end; counts as an open tree."""
+
+    process: subprocess.Popen[bytes]
+    log: Path
+    state_dir: Path
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    def close(self) -> None:
+        self.process.terminate()
+        try:
+            self.process.wait(20)
+        finally:
+            opened.remove(self)
+
+
+@dataclass
+class Reader:
+    """Somebody who follows the README: a project, a shell's variables, what runs in other terminals.
+
+    What the README leaves to its reader is filled in: the ports, which other programs of this machine may have taken,
+    ids, and how long the work of the example takes.
+    """
+
+    folder: Path
+    chromium: Helper
+    port: int = field(default_factory=free_port)
+    site_port: int = field(default_factory=free_port)
+    variables: dict[str, str] = field(default_factory=dict)
+    servers: list[Server] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        own = {
+            name: value
+            for name, value in os.environ.items()
+            if not name.startswith(("TASKKIT_", "DJANGO_", "BULKHEAD_", "PYTEST_"))
+        }
+        self.variables = own | {
+            # Of a virtual environment into which Bulkhead has been installed: it is the one that runs this test.
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+            "PYTHONPATH": str(ROOT),
+            "HOME": str(self.folder),
+            "XDG_STATE_HOME": str(self.folder),
+        }
+        self.sh("django-admin startproject mysite . && python manage.py startapp reports")
+
+    def filled(self, text: str) -> str:
+        """Return a block with what the README leaves to its reader."""
+        text = text.replace("8888", str(self.port)).replace("8000", str(self.site_port))
+        return text.replace("time.sleep(0.3)  # your work", "time.sleep(0.02)  # your work")
+
+    def sh(self, script: str) -> str:
+        """Run a script as a shell does, and keep what it exports; return its output."""
+        dump = self.folder / "variables"
+        finished = subprocess.run(
+            ["sh", "-e", "-c", f"{self.filled(script)}\nenv -0 > {dump}"],
+            cwd=self.folder,
+            env=self.variables,
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE,
+            check=False,
+        )
+        assert finished.returncode == 0, f"{script}\n{finished.stdout}\n{finished.stderr}\n{self.logs()}"
+        self.variables = dict(pair.split("=", 1) for pair in dump.read_text().split("\0") if "=" in pair)
+        return finished.stdout
+
+    def serve(self, command: str, url: str) -> None:
+        """Run a command in another terminal, until `url` answers."""
+        log = self.folder / f"{len(self.servers)}.log"
+        with log.open("wb") as output:
+            process = subprocess.Popen(
+                ["sh", "-c", f"exec {self.filled(command)}"],
+                cwd=self.folder,
+                env=self.variables,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+            )
+        server = Server(process, log, self.folder)
+        opened.append(server)
+        self.servers.append(server)
+
+        def answers() -> bool:
+            assert process.poll() is None, self.logs()
+            with contextlib.suppress(OSError), raw_get(url) as response:
+                return response.status < 500
+            return False
+
+        eventually(answers, PATIENCE, f"an answer of {url}")
+
+    def write(self, path: str, text: str) -> None:
+        """Put a file into the project; a later change must look later to Python's compiled files."""
+        (self.folder / path).write_text(self.filled(text))
+        shutil.rmtree(self.folder / path.rpartition("/")[0] / "__pycache__", ignore_errors=True)
+
+    def logs(self) -> str:
+        return "\n".join(server.log.read_text(errors="replace")[-3000:] for server in self.servers)
+
+    def close(self) -> None:
+        for server in reversed(self.servers):
+            server.close()
+
+
+@pytest.fixture(scope="module")
+def reader(chromium: Helper) -> Iterator[Reader]:
+    """Give the reader, with nothing but an empty project."""
+    folder = new_folder()
+    made = Reader(folder, chromium)
+    try:
+        yield made
+    finally:
+        made.close()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+# -- how each block is run ----------------------------------------------------------------------------------
+
+
+def two_commands(reader: Reader, text: str) -> None:
+    """The installation is that of the environment which runs this test: .ci/run makes it by these very words.
+
+    The demo is shown a shorter task; the second command is the one that runs this test.
+    """
+    first, second = text.splitlines()
+    assert first.endswith(".venv/bin/bulkhead demo")
+    assert second == ".venv/bin/python -m tests"
+    assert importlib.metadata.distribution("django-bulkhead")
+    assert "SUCCESSFUL" in reader.sh("bulkhead demo demo.count n=3 delay=0")
+
+
+def installation(reader: Reader, text: str) -> None:
+    """pip's part is what the environment that runs this test has behind it."""
+    install, migrate = text.split(" && ")
+    assert install == "pip install PATH_OF_THIS_CHECKOUT"
+    assert "taskkit" in reader.sh(migrate)
+
+
+def settings(reader: Reader, text: str) -> None:
+    """Add to the project's settings; `...` stands for what the reader has there already."""
+    path = reader.folder / "mysite" / "settings.py"
+    text = text.replace("[...,", "[*INSTALLED_APPS, 'reports',")
+    reader.write("mysite/settings.py", path.read_text() + text)
+
+
+def cors(reader: Reader, text: str) -> None:
+    settings(reader, text)
+    reader.sh("bulkhead reload")
+
+
+def tasks(reader: Reader, text: str) -> None:
+    reader.write("reports/tasks.py", text)
+
+
+def start(reader: Reader, text: str) -> None:
+    """The first two lines in one terminal, the first and the third in another."""
+    export, run, submit = text.strip().splitlines()
+    reader.sh(export)
+    reader.serve(run, f"http://127.0.0.1:{reader.port}/ready")
+    assert "SUCCESSFUL" in reader.sh(submit)
+    assert "reports.build" in reader.sh("bulkhead tasks")
+
+
+def curl(reader: Reader, text: str) -> None:
+    """RUN is the id that the first curl has printed."""
+    submit, marker, follow = text.partition("curl -N")
+    run = json.loads(reader.sh(submit))["id"]
+    told = reader.sh((marker + follow).replace("RUN", run))
+    assert told.count("\nevent: month\n") == 12
+    assert told.rstrip().splitlines()[-2] == "event: stream.end"
+
+
+def views(reader: Reader, text: str) -> None:
+    reader.write("reports/views.py", text)
+    reader.write(
+        "mysite/urls.py",
+        "from django.urls import path\nfrom reports.views import start_report\n"
+        'urlpatterns = [path("start/", start_report)]\n',
+    )
+    reader.serve(
+        f"python manage.py runserver --noreload {reader.site_port}", f"http://127.0.0.1:{reader.site_port}/"
+    )
+
+
+_BROWSER = """async snippet => {
+    const {run} = JSON.parse(document.body.innerText);
+    const said = [];
+    let finish;
+    const over = new Promise(resolve => finish = resolve);
+    const console = {log: what => { said.push(what); if (what.status) finish(); }};
+    eval(snippet);
+    await over;
+    return said;
+}"""
+
+
+def browser(reader: Reader, text: str) -> None:
+    """In Chromium, on the page of the view, whose answer has the run's id, and the cookie."""
+    page = f"http://localhost:{reader.site_port}/start/"
+    said = reader.chromium.ask(op="run", page=page, script=_BROWSER, argument=reader.filled(text))["value"]
+    assert [one["month"] for one in said[:-1]] == list(range(1, 13))
+    assert said[-1]["status"] == "SUCCESSFUL"
+
+
+def program(reader: Reader, text: str) -> None:
+    """A program of its own, with the variables of the shell."""
+    reader.write("program.py", text)
+    told = reader.sh("python program.py").splitlines()
+    assert sum(" month " in line for line in told) == 12
+    assert told[-1] == "{'rows': 7800}"
+
+
+def model(reader: Reader, text: str) -> None:
+    reader.write("reports/models.py", text)
+
+
+def migrated(reader: Reader, text: str) -> None:
+    assert "report of 2026" in reader.sh(text)
+
+
+WAYS: dict[str, Callable[[Reader, str], None]] = {
+    "bulkhead demo": two_commands,
+    '"BIND": "127.0.0.1:8888"': settings,
+    "pip install PATH_OF_THIS_CHECKOUT": installation,
+    "# reports/tasks.py": tasks,
+    "bulkhead run\n": start,
+    "curl -N": curl,
+    "CORS_ORIGINS": cors,
+    "# reports/views.py": views,
+    "new EventSource(url": browser,
+    "client = get_client(": program,
+    "# reports/models.py": model,
+    "makemigrations reports": migrated,
+}
+
+
+def way(block: Block) -> Callable[[Reader, str], None]:
+    """Return how a block is run."""
+    found = [name for name in WAYS if name in block.text]
+    assert len(found) == 1, (
+        f"{block.label}: nobody knows how to run this block ({found}). Give it a line in WAYS of "
+        "tests/edges/test_readme.py: a text that only this block has, and a function that runs it in the reader's "
+        "project and looks at what came of it; or write it as a drawing, a fence without a language."
+    )
+    return WAYS[found[0]]
+
+
+def test_every_way_is_of_one_block() -> None:
+    used = [way(block) for block in blocks() if block.language]
+    assert sorted(used, key=id) == sorted(WAYS.values(), key=id), "a block has gone, or is there twice"
+
+
+def test_a_block_that_nobody_can_run_says_what_to_do() -> None:
+    with pytest.raises(AssertionError, match=r"README\.md:7 \(sh\) rm -r x: nobody knows .* WAYS"):
+        way(Block(7, "sh", "rm -r x\n"))
+
+
+@pytest.mark.parametrize(
+    "block", [one for one in blocks() if one.language], ids=lambda one: f"line {one.line}"
+)
+def test_it_runs_as_it_is_written(block: Block, reader: Reader) -> None:
+    way(block)(reader, block.text)
