@@ -12,6 +12,7 @@ from gateway.face import Engine
 from gateway.problems import exception_handlers
 from gateway.reading import Refusal, on_refusal
 from gateway.retention import Retention
+from gateway.script import Script
 from gateway.seed import SeedRoutes
 
 
@@ -21,7 +22,11 @@ def build_app(engine: Engine, authenticator: Authenticator, retention: Retention
     The guards are plain ASGI: Starlette's BaseHTTPMiddleware puts a queue into every response, which hides a
     client's leaving from a stream.
     """
-    routes = [*Api(engine, authenticator, retention).routes(), *SeedRoutes(engine, authenticator).routes()]
+    routes = [
+        *Api(engine, authenticator, retention).routes(),
+        *SeedRoutes(engine, authenticator).routes(),
+        *Script().routes(),
+    ]
     inner = Starlette(routes=routes, exception_handlers={**exception_handlers, Refusal: on_refusal})
     # A path with a slash too many is unknown, like any other; a redirect is one more shape for clients to
     # handle.
