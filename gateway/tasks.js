@@ -39,7 +39,7 @@ export class TaskError extends Error {
 }
 
 /**
- * Follow one run, or all `runs` and those with one of the `tags`, on one connection.
+ * Follow one run, or the named `runs` and all with one of the `tags`, on one connection.
  *
  * @param {string | URL | {base?: string, run?: string, runs?: string[], tags?: string[]}} target the URL of a
  *   run's events, or what to follow; `base` is the gateway's URL, by default where this module came from
@@ -86,6 +86,7 @@ export class Following {
   #refreshed = false;
   #opened = false; // the connection works as far as its head
   #heardAt = 0; // its last sign of life
+  #mute = false; // EventSource gave up, and a page could not say why
   #retry; // ms that the gateway asked for
   #strikes = {}; // by way of reading
   #shunned = {}; // until when
@@ -160,7 +161,7 @@ export class Following {
     if (this.#from) return (signal) => this.#poll(signal, 0);
     if (this.#inStep) return (signal) => this.#listen(signal);
     if (works("stream")) return (signal) => this.#live("stream", signal, this.#native ? this.#source : this.#fetch);
-    if (works("socket") && this.#isOne && globalThis.WebSocket)
+    if (works("socket") && globalThis.WebSocket && !this.#options.log)
       return (signal) => this.#live("socket", signal, this.#socket);
     return (signal) => this.#poll(signal, times.poll);
   }
@@ -201,14 +202,14 @@ export class Following {
     throw new TaskError(end.error?.message ?? `the run ended as ${end.status}`, end.status, end.error);
   }
 
-  /** Whether this is one run, which ends. */
+  /** Whether this is one run: it ends with `stream.end`, and there are pages of it. */
   get #isOne() {
     return !this.#url.pathname.endsWith("/api/v1/events");
   }
 
   /** Whether EventSource will do: it sends no token, and hears only names that it was told. */
   get #native() {
-    return this.#names && !this.#options.token && globalThis.EventSource;
+    return this.#names && !this.#options.token && !this.#mute && globalThis.EventSource;
   }
 
   // --- events ----------------------------------------------------------------------------------------------
@@ -263,8 +264,11 @@ export class Following {
     if (!failure && !held) return await sleep(this.#retry ?? times.pause, signal); // its life is over: that is all
     const works = this.cursor !== before || (this.#opened && !held);
     await sleep(Math.random() * times.pause, signal);
-    if (!signal.aborted) await this.#poll(signal, 0); // throws what is wrong, unless it is the connection alone
+    if (signal.aborted) return;
+    if (this.#isOne) await this.#poll(signal, 0); // throws what is wrong, unless it is the connection alone
+    else if (!this.#mute) return void (this.#mute = true); // there are no pages of many runs, but fetch hears why
     if (works) return;
+    if (!this.#isOne) throw failure ?? new TaskError("the stream does not open");
     this.#strikes[via] = held ? STRIKES : (this.#strikes[via] ?? 0) + 1;
     if (this.#strikes[via] < STRIKES) throw new TaskError(`the ${via} does not open`);
     this.#shunned[via] = Date.now() + times.held;
@@ -276,10 +280,11 @@ export class Following {
     for (let limit = times.opens; !signal.aborted; limit = times.silence) {
       for (let left; (left = this.#heardAt + limit - Date.now()) > 0 && !signal.aborted; ) await sleep(left, signal);
       if (signal.aborted) break;
-      const page = await this.#page(signal, 0).catch(() => {});
+      const page = this.#isOne ? await this.#page(signal, 0).catch(() => {}) : { events: [] };
       await sleep(times.pause, signal); // what is on the page may be on its way in the stream, too
       if (signal.aborted) break;
-      if (page && (!this.#opened || page.events.some(({ id }) => !this.#recent.has(id)))) return true;
+      const unseen = page?.ended || page?.events.some(({ id }) => !this.#recent.has(id));
+      if (page && (unseen || !this.#opened)) return true;
       this.#heardAt = Date.now();
     }
     return false;
@@ -348,13 +353,14 @@ export class Following {
     return new Promise((resolve, reject) => {
       const socket = new WebSocket(url);
       signal.addEventListener("abort", () => resolve(socket.close()));
-      socket.onopen = () => socket.send(JSON.stringify({ type: "subscribe", run, after: this.cursor || undefined }));
+      socket.onopen = () => socket.send(JSON.stringify({ type: "subscribe", run, after: this.cursor || "0" }));
       socket.onclose = ({ code }) => reject(new TaskError(`the WebSocket was closed with ${code}`));
       socket.onmessage = (message) => {
-        const { type, id, event, data } = JSON.parse(message.data);
-        if (type !== "event" || signal.aborted) return;
+        if (signal.aborted) return;
+        const { type, id, event, data, detail } = JSON.parse(message.data);
+        if (type === "error") return reject(new TaskError(detail));
         this.#alive();
-        if (this.#wants(event)) this.#take({ id, type: event, data });
+        if (type === "event" && this.#wants(event)) this.#take({ id, type: event, data });
       };
     });
   }
@@ -482,7 +488,8 @@ function address(target, { log, types }) {
   const url = target.url ?? new URL(path, `${base}`.replace(/\/?$/, "/"));
   for (const id of runs) url.searchParams.append("run", id);
   for (const tag of tags) url.searchParams.append("tag", tag);
-  if (types) url.searchParams.set("types", types.join());
+  if (runs.length && !tags.length) url.searchParams.set("until", "done");
+  if (types?.length) url.searchParams.set("types", [...types, ...(log ? ["log"] : [])].join());
   if (log) url.searchParams.set("include", "log");
   return url;
 }

@@ -386,15 +386,31 @@ test("tags are shared only among those who say who they are", async () => {
   await until(() => channels.size === 1);
 });
 
-test("many runs come on one connection that no stream.end ends", async () => {
-  const one = tab({}, { base: BASE, runs: ["r1", "r2"], tags: ["t u"] });
-  await until(() => gateway.requests.length);
-  assert.equal(gateway.requests[0].url.href, `${BASE}api/v1/events?run=r1&run=r2&tag=t+u`);
-  gateway.feed = () => assert.fail("not again");
-  for (const send of gateway.open) send(["7", "stream.end", {}]), send(["9", "progress", {}]);
-  await until(() => one.seen.length === 2);
-  assert.equal(one.cursor, "9");
-});
+for (const [name, options] of [["fetch", {}], ["EventSource", NATIVE]]) {
+  test(`${name}: many runs come on one connection that the last of their ends ends`, async () => {
+    const paged = (url, accept) => (accept === "application/json" ? 406 : undefined);
+    gateway.refuse = paged;
+    const one = tab(options, { base: BASE, runs: ["r1", "r2"] });
+    gateway.say("stream.end", { _run: "r1" });
+    gateway.say("progress", { _run: "r2" });
+    await until(() => one.seen.length === 2);
+    gateway.refuse = () => 503;
+    gateway.cut();
+    await until(() => gateway.requests.length > 3);
+    gateway.refuse = paged;
+    gateway.say("stream.end", { _run: "r2" });
+    assert.equal(await one.result, undefined);
+    assert.deepEqual(one.seen, wanted());
+    const types = name === "fetch" ? "" : "&types=progress";
+    assert.equal(gateway.requests[0].url.href, `${BASE}api/v1/events?run=r1&run=r2&until=done${types}`);
+    assert.equal(gateway.requests.at(-1).accept, "text/event-stream", "which was told that nothing follows");
+  });
+
+  test(`${name}: a refusal of many runs surfaces as well`, async () => {
+    gateway.refuse = () => 404;
+    await assert.rejects(tab(options, { base: BASE, runs: ["r1"] }).result, (error) => error.status === 404);
+  });
+}
 
 test("a refused token is asked for anew, once", async () => {
   let asked = 0;
@@ -506,7 +522,7 @@ test("where streams are swallowed, WebSocket comes before polling", async () => 
       setTimeout(() => this.onopen());
     }
     send(text) {
-      const { after = "" } = JSON.parse(text);
+      const { after } = JSON.parse(text);
       sent.push(`${this.url} ${text}`);
       gateway.feed(after, (one) => one && this.onmessage({ data: JSON.stringify({ type: "event", id: one[0], event: one[1], data: one[2] }) }), this.life.signal);
     }
@@ -521,5 +537,5 @@ test("where streams are swallowed, WebSocket comes before polling", async () => 
   gateway.say(...END);
   assert.equal(await one.result, 42);
   assert.deepEqual(one.seen, wanted());
-  assert.deepEqual(sent, ['ws://gateway.test/ws?token=T {"type":"subscribe","run":"r1"}']);
+  assert.deepEqual(sent, ['ws://gateway.test/ws?token=T {"type":"subscribe","run":"r1","after":"0"}']);
 });
