@@ -86,7 +86,6 @@ export class Following {
   #refreshed = false;
   #opened = false; // the connection works as far as its head
   #heardAt = 0; // its last sign of life
-  #mute = false; // EventSource gave up, and a page could not say why
   #retry; // ms that the gateway asked for
   #strikes = {}; // by way of reading
   #shunned = {}; // until when
@@ -207,9 +206,9 @@ export class Following {
     return !this.#url.pathname.endsWith("/api/v1/events");
   }
 
-  /** Whether EventSource will do: it sends no token, and hears only names that it was told. */
+  /** Whether EventSource will do: it sends no token, hears only names that it was told, and says not what is wrong. */
   get #native() {
-    return this.#names && !this.#options.token && !this.#mute && globalThis.EventSource;
+    return this.#names && this.#isOne && !this.#options.token && globalThis.EventSource;
   }
 
   // --- events ----------------------------------------------------------------------------------------------
@@ -249,7 +248,7 @@ export class Following {
 
   /** Read a connection to its end. One that brings nothing while a page can be had does not work here. */
   async #live(via, signal, read) {
-    Object.assign(this, { via });
+    this.via = via;
     this.#opened = false;
     this.#heardAt = Date.now();
     const before = this.cursor;
@@ -266,11 +265,14 @@ export class Following {
     await sleep(Math.random() * times.pause, signal);
     if (signal.aborted) return;
     if (this.#isOne) await this.#poll(signal, 0); // throws what is wrong, unless it is the connection alone
-    else if (!this.#mute) return void (this.#mute = true); // there are no pages of many runs, but fetch hears why
-    if (works) return;
-    if (!this.#isOne) throw failure ?? new TaskError("the stream does not open");
+    else if (failure?.status) throw failure;
+    if (!works) this.#strike(via, held);
+  }
+
+  /** Count a connection that brought nothing; leave a way that keeps doing so. Of many runs there is only one way. */
+  #strike(via, held) {
     this.#strikes[via] = held ? STRIKES : (this.#strikes[via] ?? 0) + 1;
-    if (this.#strikes[via] < STRIKES) throw new TaskError(`the ${via} does not open`);
+    if (this.#strikes[via] < STRIKES || !this.#isOne) throw new TaskError(`the ${via} brings nothing`);
     this.#shunned[via] = Date.now() + times.held;
     this.#strikes[via] = 0;
   }
@@ -280,11 +282,11 @@ export class Following {
     for (let limit = times.opens; !signal.aborted; limit = times.silence) {
       for (let left; (left = this.#heardAt + limit - Date.now()) > 0 && !signal.aborted; ) await sleep(left, signal);
       if (signal.aborted) break;
-      const page = this.#isOne ? await this.#page(signal, 0).catch(() => {}) : { events: [] };
+      if (!this.#isOne) return true; // fetch hears the heartbeats: silence is nothing that the runs could do
+      const page = await this.#page(signal, 0).catch(() => {});
       await sleep(times.pause, signal); // what is on the page may be on its way in the stream, too
       if (signal.aborted) break;
-      const unseen = page?.ended || page?.events.some(({ id }) => !this.#recent.has(id));
-      if (page && (unseen || !this.#opened)) return true;
+      if (page && (!this.#opened || page.events.some(({ id }) => !this.#recent.has(id)))) return true;
       this.#heardAt = Date.now();
     }
     return false;

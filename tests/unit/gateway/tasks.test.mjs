@@ -27,6 +27,7 @@ class Gateway {
   refuse = () => undefined; // (url, accept, headers) => status
   swallows = false; // event streams, as a proxy that buffers does
   sources = 0;
+  holds = {}; // by cursor, what an answer waits for
   result = { status: "SUCCESSFUL", result: 42 };
 
   say(type, data = {}, id = String(this.events.length + 1)) {
@@ -74,6 +75,7 @@ class Gateway {
     const accept = headers.Accept;
     this.requests.push({ url: new URL(url), accept, headers });
     await null;
+    await this.holds[new URL(url).searchParams.get("after") ?? ""];
     if (signal.aborted) throw signal.reason;
     const status = this.refuse(url, accept, headers);
     if (status === 0) throw new TypeError("fetch failed");
@@ -367,6 +369,38 @@ test("a message between tabs that got lost is a gap that is read, not skipped", 
   assert.deepEqual(second.seen, wanted());
 });
 
+/** A generator of numbers in [0, 1), so that what fails can be repeated (mulberry32). */
+function random(seed) {
+  return () => {
+    seed = (seed + 0x6d2b79f5) | 0;
+    let t = Math.imul(seed ^ (seed >>> 15), 1 | seed);
+    t = (t + Math.imul(t ^ (t >>> 7), 61 | t)) ^ t;
+    return ((t ^ (t >>> 14)) >>> 0) / 2 ** 32;
+  };
+}
+
+test("tabs that come, die and lose messages over a line that breaks: each sees all, once, in order", async (t) => {
+  const seed = Number(process.env.BULKHEAD_SEED ?? Math.floor(Math.random() * 2 ** 31));
+  t.diagnostic(`BULKHEAD_SEED=${seed}`);
+  const chance = random(seed);
+  const tabs = [tab(), tab(NATIVE), tab(NATIVE)];
+  for (let step = 0; step < 300; step++) {
+    const dice = chance();
+    if (dice < 0.6) gateway.say("progress", { step });
+    else if (dice < 0.65) gateway.cut();
+    else if (dice < 0.7) losing = !losing;
+    else if (dice < 0.73) gateway.refuse = gateway.refuse() ? () => undefined : () => [0, 503][step % 2];
+    else if (dice < 0.76) tabs.push(tab(chance() < 0.5 ? {} : NATIVE));
+    else if (dice < 0.78 && tabs.length > 3) tabs.shift().close();
+    else await new Promise((resolve) => setTimeout(resolve, chance() * 8));
+  }
+  losing = false;
+  gateway.refuse = () => undefined;
+  gateway.say(...END);
+  for (const one of tabs) assert.equal(await one.result, 42);
+  for (const one of tabs) assert.deepEqual(one.seen, wanted(), `BULKHEAD_SEED=${seed}`);
+});
+
 test("without locks, or when told, each has a connection of its own", async () => {
   const [first, second] = [tab({ share: false }), tab({ share: false })];
   Object.defineProperty(globalThis, "navigator", { value: {}, configurable: true });
@@ -386,31 +420,44 @@ test("tags are shared only among those who say who they are", async () => {
   await until(() => channels.size === 1);
 });
 
-for (const [name, options] of [["fetch", {}], ["EventSource", NATIVE]]) {
-  test(`${name}: many runs come on one connection that the last of their ends ends`, async () => {
-    const paged = (url, accept) => (accept === "application/json" ? 406 : undefined);
-    gateway.refuse = paged;
-    const one = tab(options, { base: BASE, runs: ["r1", "r2"] });
-    gateway.say("stream.end", { _run: "r1" });
-    gateway.say("progress", { _run: "r2" });
-    await until(() => one.seen.length === 2);
-    gateway.refuse = () => 503;
-    gateway.cut();
-    await until(() => gateway.requests.length > 3);
-    gateway.refuse = paged;
-    gateway.say("stream.end", { _run: "r2" });
-    assert.equal(await one.result, undefined);
-    assert.deepEqual(one.seen, wanted());
-    const types = name === "fetch" ? "" : "&types=progress";
-    assert.equal(gateway.requests[0].url.href, `${BASE}api/v1/events?run=r1&run=r2&until=done${types}`);
-    assert.equal(gateway.requests.at(-1).accept, "text/event-stream", "which was told that nothing follows");
-  });
+test("many runs come on one connection that the last of their ends ends", async () => {
+  const paged = (url, accept) => (accept === "application/json" ? 406 : undefined);
+  gateway.refuse = paged;
+  const one = tab(NATIVE, { base: BASE, runs: ["r1", "r2"] });
+  gateway.say("stream.end", { _run: "r1" });
+  gateway.say("progress", { _run: "r2" });
+  await until(() => one.seen.length === 2);
+  gateway.refuse = () => 503;
+  gateway.cut();
+  await until(() => gateway.requests.length > 3);
+  gateway.refuse = paged;
+  gateway.say("stream.end", { _run: "r2" });
+  assert.equal(await one.result, undefined);
+  assert.deepEqual(one.seen, wanted());
+  const url = `${BASE}api/v1/events?run=r1&run=r2&until=done&types=progress`;
+  assert.equal(gateway.requests[0].url.href, url);
+  assert.ok(gateway.requests.every(({ accept }) => accept === "text/event-stream"), "there are no pages of many runs");
+});
 
-  test(`${name}: a refusal of many runs surfaces as well`, async () => {
-    gateway.refuse = () => 404;
-    await assert.rejects(tab(options, { base: BASE, runs: ["r1"] }).result, (error) => error.status === 404);
-  });
-}
+test("a silent stream of many runs is dead: heartbeats are heard", async () => {
+  tab({}, { base: BASE, tags: ["t"] });
+  await until(() => gateway.requests.length >= 2);
+});
+
+test("a refusal of many runs surfaces as well", async () => {
+  gateway.refuse = () => 404;
+  await assert.rejects(tab({}, { base: BASE, runs: ["r1"] }).result, (error) => error.status === 404);
+});
+
+test("what a gateway repeats is not handed out again", async () => {
+  const one = tab();
+  gateway.count(2);
+  await until(() => one.seen.length === 2);
+  for (const send of gateway.open) gateway.events.forEach(send);
+  gateway.say(...END);
+  await one.result;
+  assert.deepEqual(one.seen, wanted());
+});
 
 test("a refused token is asked for anew, once", async () => {
   let asked = 0;
@@ -449,22 +496,50 @@ test("`now` is pinned before the stream: a cut in silence loses nothing", async 
 
 test("who begins at the start is not led astray by who begins now", async () => {
   gateway.count(3);
-  const [now, all] = [tab({ after: "now" }), tab()];
+  const free = {};
+  for (const name of ["now", ""]) gateway.holds[name] = new Promise((resolve) => (free[name] = resolve));
+  const now = tab({ after: "now" });
+  await until(() => gateway.requests.length === 1);
+  const all = tab();
+  await until(() => gateway.requests.length === 2);
+  free.now(); // it leads, and begins behind the third event
+  await until(() => now.cursor === "3");
+  await new Promise((resolve) => setTimeout(resolve, 20));
+  free[""]();
   gateway.count(1);
   gateway.say(...END);
   await Promise.all([now.result, all.result]);
+  assert.deepEqual(now.seen, wanted().slice(3));
   assert.deepEqual(all.seen, wanted());
 });
 
-test("a reset begins anew, ids that come again included", async () => {
-  const one = tab({ after: "1000" });
-  gateway.events = [["0", "stream.reset", { from: 1 }]];
-  gateway.count(0);
-  await until(() => one.seen.length === 1);
-  gateway.say("progress", {}, "1");
+test("who begins now is not given by another tab what was before", async () => {
+  const all = tab();
+  await until(() => gateway.open.size === 1 && channels.size === 1);
+  let free;
+  gateway.holds.now = new Promise((resolve) => (free = resolve));
+  const now = tab({ after: "now" });
+  await until(() => gateway.requests.length === 2);
+  gateway.count(2);
+  await until(() => all.seen.length === 2);
+  await new Promise((resolve) => setTimeout(resolve, 20));
+  free();
+  await until(() => now.cursor === "2");
   gateway.say(...END);
+  await now.result;
+  assert.deepEqual(now.seen, ["3 stream.end"]);
+});
+
+test("a reset begins anew, ids that come again included", async () => {
+  const one = tab();
+  gateway.count(2);
+  await until(() => one.seen.length === 2);
+  gateway.cut();
+  gateway.events = [["0", "stream.reset", { from: 1 }]];
+  gateway.say("progress", {}, "1");
+  gateway.say("stream.end", END[1], "3");
   await one.result;
-  assert.deepEqual(one.seen, ["0 stream.reset", "1 progress", "3 stream.end"]);
+  assert.deepEqual(one.seen, ["1 progress", "2 progress", ...wanted()]);
 });
 
 test("names in `on` are what is listened to", async () => {
