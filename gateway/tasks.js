@@ -51,7 +51,7 @@ export class TaskError extends Error {
  * @param {boolean} [options.log] whether output lines are wanted, too
  * @param {string} [options.token] sent as Bearer, which EventSource cannot: then fetch reads the stream
  * @param {string} [options.ticket] for one use, in the first URL
- * @param {boolean} [options.withCredentials] send cookies to another origin
+ * @param {boolean} [options.withCredentials] send cookies to another origin; a ticket implies it
  * @param {function(TaskError): Promise<{token?: string, ticket?: string}>} [options.refresh] asked once when refused
  * @param {string | false} [options.share] keeps tabs apart that differ in it; false: a connection of one's own
  * @param {AbortSignal} [options.signal] closes it
@@ -74,7 +74,7 @@ export class Following {
   #options;
   #url;
   #names; // of the events wanted; undefined: all
-  #from = ""; // "latest" or "now", until the first page has told the cursor
+  #from = ""; // "latest" or "now", until a page (of many runs, the first event) has told the cursor
   #life = new AbortController(); // of all of it
   #stop = new AbortController(); // of what is read or waited for now
   #recent = new Set();
@@ -96,7 +96,7 @@ export class Following {
   #tell = () => {};
 
   constructor(target, options) {
-    this.#options = { ...options };
+    this.#options = { withCredentials: !!options.ticket, ...options }; // a ticket is swapped for a cookie
     this.#url = address(target, options);
     const { after = "", on, onEvent, log, signal } = options;
     const names = options.types ?? (onEvent || !on ? undefined : Object.keys(on));
@@ -157,7 +157,7 @@ export class Following {
   /** Return the best way of reading that is not known to fail here. */
   #way() {
     const works = (name) => !(this.#shunned[name] > Date.now());
-    if (this.#from) return (signal) => this.#poll(signal, 0);
+    if (this.#from && this.#isOne) return (signal) => this.#poll(signal, 0);
     if (this.#inStep) return (signal) => this.#listen(signal);
     if (works("stream")) return (signal) => this.#live("stream", signal, this.#native ? this.#source : this.#fetch);
     if (works("socket") && globalThis.WebSocket && !this.#options.log)
@@ -220,6 +220,7 @@ export class Following {
     if (type ? !control && this.#recent.has(id) : id === this.cursor) return;
     const prev = this.#from ? undefined : this.cursor; // what "now" leaves out, others may want
     this.cursor = id;
+    if (!this.#isOne) this.#from = "";
     if (type === "stream.reset") this.#recent.clear(); // ids may come again
     this.#recent.add(id);
     if (this.#recent.size > RECENT) this.#recent.delete(this.#recent.values().next().value);
@@ -304,7 +305,7 @@ export class Following {
   /** EventSource comes back by itself, until an answer makes it give up; which one, it does not say. */
   #source(signal) {
     return new Promise((resolve, reject) => {
-      const source = new EventSource(this.#href(), { withCredentials: !!this.#options.withCredentials });
+      const source = new EventSource(this.#href(), { withCredentials: this.#options.withCredentials });
       signal.addEventListener("abort", () => resolve(source.close()));
       source.onopen = () => this.#alive();
       source.onerror = () => source.readyState === 2 && reject(new TaskError("EventSource gave up"));

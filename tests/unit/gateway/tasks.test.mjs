@@ -53,6 +53,7 @@ class Gateway {
   /** Call `send` with each event behind `cursor`, now and later, until `send` says false. */
   feed(cursor, send, signal) {
     this.open.add(send);
+    if (cursor === "now") cursor = this.events.at(-1)?.[0] ?? "";
     const pump = () => {
       for (const event of this.after(cursor)) {
         cursor = event[0];
@@ -145,7 +146,7 @@ function eventSource(gateway) {
     }
     connect() {
       if (this.life.signal.aborted || gateway.swallows) return;
-      gateway.requests.push({ url: this.url, accept: "EventSource" });
+      gateway.requests.push({ url: this.url, accept: "EventSource", ...this.options });
       const over = gateway.ended && this.cursor === gateway.events.at(-1)[0];
       const status = over ? 204 : gateway.refuse(this.url, "EventSource", {});
       if (status) return this.fail(status === 0 ? 0 : 2);
@@ -439,6 +440,19 @@ test("many runs come on one connection that the last of their ends ends", async 
   assert.ok(gateway.requests.every(({ accept }) => accept === "text/event-stream"), "there are no pages of many runs");
 });
 
+test("many runs can be joined now", async () => {
+  gateway.count(2);
+  const one = tab({ after: "now", share: "ada" }, { base: BASE, tags: ["t"] });
+  await until(() => gateway.open.size === 1);
+  gateway.count(1);
+  await until(() => one.seen.length === 1);
+  gateway.cut();
+  gateway.count(1);
+  await until(() => one.seen.length === 2);
+  assert.deepEqual(one.seen, ["3 progress", "4 progress"]);
+  assert.deepEqual(gateway.requests.map(({ url }) => url.searchParams.get("after")), ["now", "3"]);
+});
+
 test("a silent stream of many runs is dead: heartbeats are heard", async () => {
   tab({}, { base: BASE, tags: ["t"] });
   await until(() => gateway.requests.length >= 2);
@@ -472,14 +486,14 @@ test("a refused token is asked for anew, once", async () => {
 });
 
 test("a ticket goes into one URL", async () => {
-  const one = tab({ ...NATIVE, ticket: "T", withCredentials: true });
+  const one = tab({ ...NATIVE, ticket: "T" });
   gateway.count(1);
   await until(() => one.seen.length === 1);
   gateway.refuse = (url, accept) => (accept === "EventSource" ? 503 : undefined);
   gateway.cut();
   await until(() => gateway.requests.length > 3);
-  const with_ticket = gateway.requests.filter(({ url }) => url.searchParams.has("ticket"));
-  assert.ok(with_ticket.every(({ accept }) => accept === "EventSource"));
+  const withTicket = gateway.requests.filter(({ url }) => url.searchParams.has("ticket"));
+  assert.ok(withTicket.every(({ accept, withCredentials }) => accept === "EventSource" && withCredentials));
   assert.ok(!gateway.requests.at(-1).url.searchParams.has("ticket"));
 });
 
