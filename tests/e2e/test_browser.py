@@ -213,11 +213,11 @@ def test_a_proxy_that_holds_streams_back_is_found_out(
 ) -> None:
     with Proxy(tree.url) as proxy:
         proxy.swallows = True
-        run = tree.submit("proj.count", n=40, delay=0.05)["id"]
+        run = tree.submit("proj.count", n=25, delay=0.05)["id"]
         page = visit(run, gateway=proxy.url, all=all, patience={"opens": 300, "pause": 100})
         page.wait_for_function("one.via === 'poll'")
-        assert outcome(page) == {"result": 40}
-        assert seen(page) == wanted(40)
+        assert outcome(page) == {"result": 25}
+        assert seen(page) == wanted(25)
         assert any("wait=15" in line for line in proxy.requests), "the gateway holds the page for up to 15 s"
 
 
