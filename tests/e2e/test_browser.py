@@ -172,39 +172,57 @@ def test_every_event_once_then_the_result(tree: Tree, visit: Callable[..., Page]
     assert seen(page) == wanted(20)
 
 
+def endless(tree: Tree) -> str:
+    """Submit a run that speaks until `cancelled`; return its id."""
+    run: str = tree.submit("proj.count", n=10_000, delay=0.03)["id"]
+    return run
+
+
+def cancelled(tree: Tree, run: str, *, all: bool) -> list[str]:
+    """End a run; return what a page has to be given of it: without `all`, what has the names in PAGE."""
+    assert tree.http.post(f"/api/v1/runs/{run}/cancel", json={}).status_code == 202
+    names = ("run.started", "progress", "stream.end")
+    return [f"{event.id} {event.type}" for event in tree.events(run) if all or event.type in names]
+
+
 @pytest.mark.parametrize("all", [False, True], ids=["EventSource", "fetch"])
 def test_reload_of_the_page_and_death_of_the_gateway_lose_and_repeat_nothing(
     tree: Tree, visit: Callable[..., Page], all: bool
 ) -> None:
-    page = visit(tree.submit("proj.count", n=50, delay=0.03)["id"], all=all)
+    run = endless(tree)
+    page = visit(run, all=all)
     saw(page, 5)
     page.reload()
     page.wait_for_function("window.one")
-    saw(page, 15)
+    saw(page, len(seen(page)) + 5)
     tree.kill("gateway")
-    assert outcome(page) == {"result": 50}
-    assert seen(page) == wanted(50)
+    saw(page, len(seen(page)) + 5)
+    told = cancelled(tree, run, all=all)
+    assert outcome(page)["status"] == "CANCELLED"
+    assert seen(page) == told
 
 
 @pytest.mark.parametrize("all", [False, True], ids=["EventSource", "fetch"])
 def test_tabs_share_one_connection_and_the_next_one_takes_it_over(
     tree: Tree, visit: Callable[..., Page], all: bool
 ) -> None:
-    run = tree.submit("proj.count", n=80, delay=0.03)["id"]
+    run = endless(tree)
     leader = visit(run, all=all)
     saw(leader, 5)
     others = [visit(run, all=all), visit(run, all=all)]  # late: they have to read what was
     for page in others:
         page.wait_for_function("one.via === 'shared'")
     eventually(lambda: tree.snapshot(run)["subscribers"] == 1, 5, "one connection for three tabs")
-    saw(others[0], 10)
+    saw(others[0], len(seen(leader)))
     leader.close()
-    saw(others[0], 30)
+    for page in others:
+        saw(page, len(seen(page)) + 10)
     eventually(lambda: tree.snapshot(run)["subscribers"] == 1, 5, "one connection for two tabs")
     assert sorted(page.evaluate("one.via") for page in others) == ["shared", "stream"]
+    told = cancelled(tree, run, all=all)
     for page in others:
-        assert outcome(page) == {"result": 80}
-        assert seen(page) == wanted(80)
+        assert outcome(page)["status"] == "CANCELLED"
+        assert seen(page) == told
 
 
 @pytest.mark.parametrize("all", [False, True], ids=["EventSource", "fetch"])
@@ -213,11 +231,13 @@ def test_a_proxy_that_holds_streams_back_is_found_out(
 ) -> None:
     with Proxy(tree.url) as proxy:
         proxy.swallows = True
-        run = tree.submit("proj.count", n=25, delay=0.05)["id"]
-        page = visit(run, gateway=proxy.url, all=all, patience={"opens": 300, "pause": 100})
+        run = endless(tree)
+        page = visit(run, gateway=proxy.url, all=all, patience={"opens": 300, "pause": 50})
         page.wait_for_function("one.via === 'poll'")
-        assert outcome(page) == {"result": 25}
-        assert seen(page) == wanted(25)
+        saw(page, len(seen(page)) + 5)
+        told = cancelled(tree, run, all=all)
+        assert outcome(page)["status"] == "CANCELLED"
+        assert seen(page) == told
         assert any("wait=15" in line for line in proxy.requests), "the gateway holds the page for up to 15 s"
 
 
