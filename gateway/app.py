@@ -14,6 +14,7 @@ from gateway.face import Engine
 from gateway.problems import exception_handlers, problem
 from gateway.reading import Refusal, on_refusal
 from gateway.retention import Retention
+from gateway.script import Script
 from gateway.seed import SeedRoutes
 from gateway.sessions import TooManyStreams, on_too_many_streams
 
@@ -24,7 +25,11 @@ def build_app(engine: Engine, authenticator: Authenticator, retention: Retention
     The guards are plain ASGI: Starlette's BaseHTTPMiddleware puts a queue into every response, which hides a
     client's leaving from a stream.
     """
-    routes = [*Api(engine, authenticator, retention).routes(), *SeedRoutes(engine, authenticator).routes()]
+    routes = [
+        *Api(engine, authenticator, retention).routes(),
+        *SeedRoutes(engine, authenticator).routes(),
+        *Script().routes(),
+    ]
     handlers = {**exception_handlers, Refusal: on_refusal, TooManyStreams: on_too_many_streams}
     inner = Starlette(routes=routes, exception_handlers=handlers)
     # A path with a slash too many is unknown, like any other; a redirect is one more shape for clients to

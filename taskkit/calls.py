@@ -12,6 +12,7 @@ from urllib.parse import quote
 
 import httpx
 
+from taskkit.credentials import Credentials
 from taskkit.errors import (
     GatewayError,
     RunCrashed,
@@ -21,7 +22,7 @@ from taskkit.errors import (
     RunTimedOut,
     RunWasCancelled,
 )
-from taskkit.following import Pauses, parse_retry_after, refusal
+from taskkit.following import Pauses, parse_retry_after, refusal, run_path, stream_params
 
 #: Seconds for an answer. The gateway answers in milliseconds; a model task waits up to 5 s for its intake.
 ANSWER: Final = 15.0
@@ -66,34 +67,63 @@ class Call:
     repeatable: bool = True
     timeout: float = ANSWER
 
-    def request(self) -> dict[str, Any]:
-        """Return the keyword arguments for httpx."""
+    def request(self, headers: Mapping[str, str]) -> dict[str, Any]:
+        """Return the keyword arguments for httpx; `headers` are those that every request has."""
         return {
             "method": self.method,
             "url": self.path,
             "params": dict(self.params),
-            "headers": dict(self.headers),
+            "headers": {**self.headers, **headers},
             "timeout": httpx.Timeout(self.timeout, connect=5.0),
             **({} if self.body is None else {"json": self.body}),
         }
 
-    def after_failure(self, error: httpx.TransportError, pauses: Pauses, url: str) -> float:
-        """Return the seconds before the next try, or raise GatewayError."""
+
+class Tries:
+    """One call, sent until it is answered or refused for good.
+
+    Args:
+      url: of the gateway, for the error that says it is away.
+    """
+
+    def __init__(self, call: Call, url: str, credentials: Credentials) -> None:
+        self._call = call
+        self._url = url
+        self._credentials = credentials
+        self._renewed = False
+        self._pauses = Pauses(PATIENCE, time.monotonic())
+
+    def failed(self, error: httpx.TransportError) -> float:
+        """Return the seconds before the next try after a broken connection.
+
+        Raises:
+          GatewayError: the call cannot be repeated, or was for long enough.
+        """
         never_sent = isinstance(error, httpx.ConnectError | httpx.ConnectTimeout)
-        pause = pauses.next(time.monotonic()) if self.repeatable or never_sent else None
+        pause = self._pauses.next(time.monotonic()) if self._call.repeatable or never_sent else None
         if pause is None:
-            unreachable(error, url)
+            unreachable(error, self._url)
         return pause
 
-    def after_answer(self, response: httpx.Response, pauses: Pauses) -> float | None:
-        """Return None for a success, the seconds before the next try, or raise GatewayError."""
+    def answered(self, response: httpx.Response) -> float | None:
+        """Return None for a success, else the seconds before the next try.
+
+        Raises:
+          GatewayError: the gateway refuses.
+        """
+        status = response.status_code
         if response.is_success:
             return None
-        if response.status_code in (502, 503, 504) and self.repeatable:
-            pause = pauses.next(time.monotonic(), parse_retry_after(response.headers.get("retry-after")))
+        if not self._renewed and self._credentials.can_renew(status):
+            self._renewed = True
+            return 0.0
+        if status in (502, 503, 504) and self._call.repeatable:
+            pause = self._pauses.next(
+                time.monotonic(), parse_retry_after(response.headers.get("retry-after"))
+            )
             if pause is not None:
                 return pause
-        raise refusal(response.status_code, response.content, str(response.url))
+        raise refusal(status, response.content, str(response.url))
 
 
 def unreachable(error: httpx.TransportError, url: str) -> NoReturn:
@@ -117,11 +147,6 @@ def document(response: httpx.Response) -> dict[str, Any]:
     if not isinstance(document, dict):
         raise GatewayError(f"{response.url.path} answered with something other than a JSON object")
     return document
-
-
-def run_path(run: str, rest: str = "") -> str:
-    """Return the path of a run, or of something below it."""
-    return f"/api/v1/runs/{quote(run, safe='')}{rest}"
 
 
 def submit_call(
@@ -182,6 +207,15 @@ def result_call(run: str, wait: float) -> Call:
         path=run_path(run, "/result"),
         headers={"Prefer": f"wait={math.ceil(wait)}"},
         timeout=ANSWER + LONG_POLL,
+    )
+
+
+def page_call(run: str, after: str, types: Sequence[str], output: bool) -> Call:
+    """Return the call for the page of a stream that "latest" or "now" begins with: its `next` is a cursor."""
+    return Call(
+        path=run_path(run, "/events"),
+        params={"after": after, **stream_params(types, output)},
+        headers={"Accept": "application/json"},
     )
 
 

@@ -1,29 +1,25 @@
 """A client of the gateway, synchronous or asynchronous. Imports no Django.
 
-One httpx client per process, URL and (asynchronous) event loop; `Client` itself is a light face on it. Every
-asynchronous method is named like its synchronous twin with an `a` in front, and works in asyncio and in trio.
-What both share (retries, resuming, errors) does no I/O and lives in `taskkit.following` or in `calls.Call`.
+`Client` is a light face on connections that a process shares (`taskkit.connections`). Every asynchronous method is
+named like its synchronous twin with an `a` in front, and works in asyncio and in trio. What both share (retries,
+resuming, errors) does no I/O and lives in `taskkit.following` or in `taskkit.calls`.
 """
 
 from __future__ import annotations
 
-import contextlib
-import os
-import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
+from contextlib import aclosing
 from typing import Any, Final
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote
 
 import anyio
-import anyio.lowlevel
 import httpx
 
-from taskkit import calls
-from taskkit.errors import GatewayError
-from taskkit.following import Following, Pauses, StreamEvent, refusal
-from taskkit.settings import is_loopback
+from taskkit import calls, connections
+from taskkit.connections import Address, close_clients, received, shared, shared_async
+from taskkit.credentials import Credentials, TokenSource
+from taskkit.following import Following, StreamEvent, page_events, printed, refusal, run_path
 
 __all__ = ["Client", "StreamEvent", "close_clients", "get_client"]
 
@@ -31,73 +27,7 @@ __all__ = ["Client", "StreamEvent", "close_clients", "get_client"]
 _FOLLOW_PATIENCE: Final = 60.0
 
 
-@dataclass(frozen=True, slots=True)
-class _Address:
-    """Where a gateway listens: `base` is an HTTP URL, `uds` the path of its Unix socket or None."""
-
-    base: str
-    uds: str | None
-
-    @classmethod
-    def parse(cls, url: str, uds: str | None) -> _Address:
-        if url.startswith("unix:"):
-            return cls("http://localhost", url.removeprefix("unix:"))
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise GatewayError(f"{url!r} is no address of a gateway: write http://HOST:PORT or unix:/PATH")
-        return cls(url.rstrip("/"), uds)
-
-    def options(self) -> dict[str, Any]:
-        # A proxy from the environment must not stand between a client and the gateway of its own machine.
-        local = self.uds is not None or is_loopback(urlsplit(self.base).hostname or "")
-        return {"base_url": self.base, "trust_env": not local, "follow_redirects": False}
-
-
-_lock = threading.Lock()
-_clients: dict[_Address, httpx.Client] = {}
-_async_clients: anyio.lowlevel.RunVar[dict[_Address, httpx.AsyncClient]] = anyio.lowlevel.RunVar(
-    "bulkhead_clients"
-)
-
-
-def _after_fork() -> None:
-    """Forget what a child inherits: two processes on one socket would read each other's answers."""
-    global _lock
-    _lock = threading.Lock()  # another thread may have held the old one
-    _clients.clear()
-
-
-os.register_at_fork(after_in_child=_after_fork)
-
-
-def _shared(address: _Address) -> httpx.Client:
-    with _lock:
-        client = _clients.get(address)
-        if client is None:
-            transport = httpx.HTTPTransport(uds=address.uds) if address.uds else None
-            client = _clients[address] = httpx.Client(transport=transport, **address.options())
-        return client
-
-
-def _shared_async(address: _Address) -> httpx.AsyncClient:
-    clients = _async_clients.get({})
-    client = clients.get(address)
-    if client is None:
-        transport = httpx.AsyncHTTPTransport(uds=address.uds) if address.uds else None
-        client = clients[address] = httpx.AsyncClient(transport=transport, **address.options())
-        _async_clients.set(clients)
-    return client
-
-
-def close_clients() -> None:
-    """Close every synchronous connection of this process; the next call opens anew."""
-    with _lock:
-        for client in _clients.values():
-            client.close()
-        _clients.clear()
-
-
-def get_client(base_url: str, *, token: str | None = None, uds: str | None = None) -> Client:
+def get_client(base_url: str, *, token: str | TokenSource | None = None, uds: str | None = None) -> Client:
     """Return a client of the gateway at `base_url`: `http://HOST:PORT`, or `unix:/PATH` of its socket.
 
     Clients of one URL share their connections within a process and an event loop; after a fork the child
@@ -119,14 +49,17 @@ class Client:
 
     Args:
       base_url: see `get_client`.
-      token: JWT sent as Bearer; it is never logged.
+      token: JWT sent as Bearer, never logged; or a callable that returns one, asked for the first and whenever the
+        gateway refuses the last. For asynchronous calls it may be a coroutine function.
       uds: path of the gateway's Unix socket; `base_url` then only names the host.
     """
 
-    def __init__(self, base_url: str, *, token: str | None = None, uds: str | None = None) -> None:
+    def __init__(
+        self, base_url: str, *, token: str | TokenSource | None = None, uds: str | None = None
+    ) -> None:
         self.base_url = base_url
-        self._address = _Address.parse(base_url, uds)
-        self._headers = {"Authorization": f"Bearer {token}"} if token else {}
+        self._address = Address.parse(base_url, uds)
+        self._credentials = Credentials(token)
 
     def __repr__(self) -> str:
         return f"Client({self.base_url!r})"
@@ -134,31 +67,25 @@ class Client:
     # --- one request ----------------------------------------------------------------------------------------
 
     def _send(self, call: calls.Call) -> httpx.Response:
-        request = call.request()
-        request["headers"].update(self._headers)
-        pauses = Pauses(calls.PATIENCE, time.monotonic())
+        tries = calls.Tries(call, self.base_url, self._credentials)
         while True:
+            request = call.request(self._credentials.headers())
             try:
-                response = _shared(self._address).request(**request)
+                pause = tries.answered(response := shared(self._address).request(**request))
             except httpx.TransportError as error:
-                time.sleep(call.after_failure(error, pauses, self.base_url))
-                continue
-            pause = call.after_answer(response, pauses)
+                pause = tries.failed(error)
             if pause is None:
                 return response
             time.sleep(pause)
 
     async def _asend(self, call: calls.Call) -> httpx.Response:
-        request = call.request()
-        request["headers"].update(self._headers)
-        pauses = Pauses(calls.PATIENCE, time.monotonic())
+        tries = calls.Tries(call, self.base_url, self._credentials)
         while True:
+            request = call.request(await self._credentials.aheaders())
             try:
-                response = await _shared_async(self._address).request(**request)
+                pause = tries.answered(response := await shared_async(self._address).request(**request))
             except httpx.TransportError as error:
-                await anyio.sleep(call.after_failure(error, pauses, self.base_url))
-                continue
-            pause = call.after_answer(response, pauses)
+                pause = tries.failed(error)
             if pause is None:
                 return response
             await anyio.sleep(pause)
@@ -215,11 +142,11 @@ class Client:
 
     def status(self, run: str) -> dict[str, Any]:
         """Return the run's snapshot."""
-        return calls.document(self._send(calls.Call(path=calls.run_path(run))))
+        return calls.document(self._send(calls.Call(path=run_path(run))))
 
     async def astatus(self, run: str) -> dict[str, Any]:
         """Return the run's snapshot."""
-        return calls.document(await self._asend(calls.Call(path=calls.run_path(run))))
+        return calls.document(await self._asend(calls.Call(path=run_path(run))))
 
     def replay(self, run: str, *, idempotency_key: str | None = None) -> dict[str, Any]:
         """Perform an ended run again, as a new one with the same arguments; return what `submit` returns.
@@ -338,16 +265,13 @@ class Client:
 
     # --- streams --------------------------------------------------------------------------------------------
 
-    def _stream(self, run: str, following: Following) -> dict[str, Any]:
-        headers = {**following.headers(), **self._headers}
-        path, params = calls.run_path(run, "/events"), following.params()
-        return {"method": "GET", "url": path, "params": params, "headers": headers, "timeout": calls.SILENCE}
-
     def follow(
         self,
         run: str,
         *,
         after: str = "",
+        types: Sequence[str] = (),
+        include_log: bool = False,
         patience: float = _FOLLOW_PATIENCE,
         locate: Callable[[], str | None] | None = None,
     ) -> Iterator[StreamEvent]:
@@ -358,6 +282,8 @@ class Client:
 
         Args:
           after: cursor (`StreamEvent.id`), or "latest" (newest event, then live) or "now" (only what is new).
+          types: names of the events wanted; `stream.*` always come. By default all.
+          include_log: whether what the run prints comes as well, as events `log`; the token needs the action `logs`.
           patience: seconds to look for a gateway that is away.
           locate: called before each new try after a failure; returns the gateway's URL if it may be another
             by now, else None. What it raises ends the following. In `afollow` it must not block.
@@ -365,95 +291,100 @@ class Client:
         Raises:
           GatewayError: the gateway refuses, or was away for longer than `patience`.
         """
-        following = Following(after, patience=patience, now=time.monotonic())
+        if after in ("latest", "now"):
+            page = calls.document(self._send(calls.page_call(run, after, types, include_log)))
+            yield from page_events(page)
+            if page["ended"]:
+                return
+            after = page["next"]
+        following = Following(
+            run, after, types=types, output=include_log, patience=patience, now=time.monotonic()
+        )
         address = self._address
         while not following.ended:
-            clean = False
+            request = following.request(self._credentials.headers())
             try:
-                with _shared(address).stream(**self._stream(run, following)) as response:
-                    if _is_stream(following, response):
+                with shared(address).stream(**request, timeout=calls.SILENCE) as response:
+                    if following.answered(response.status_code, response.headers, time.monotonic()):
                         for data in response.iter_raw():
                             yield from following.receive_data(data, time.monotonic())
-                        clean = True
-                    elif following.is_refusal(response.status_code):
+                    elif following.is_refusal(response.status_code, self._credentials):
                         raise refusal(response.status_code, response.read(), str(response.url))
             except httpx.TransportError:
-                clean = False
+                following.lost = True
             if not following.ended:
-                time.sleep(following.pause(time.monotonic(), clean=clean))
-                address = address if clean else _located(locate, address)
+                time.sleep(following.pause(time.monotonic()))
+                address = _located(locate, address, following)
 
     async def afollow(
         self,
         run: str,
         *,
         after: str = "",
+        types: Sequence[str] = (),
+        include_log: bool = False,
         patience: float = _FOLLOW_PATIENCE,
         locate: Callable[[], str | None] | None = None,
-    ) -> AsyncIterator[StreamEvent]:
+    ) -> AsyncGenerator[StreamEvent, None]:
         """Yield the run's events: see `follow`. Leave it early only under `contextlib.aclosing`."""
-        following = Following(after, patience=patience, now=time.monotonic())
+        if after in ("latest", "now"):
+            page = calls.document(await self._asend(calls.page_call(run, after, types, include_log)))
+            for event in page_events(page):
+                yield event
+            if page["ended"]:
+                return
+            after = page["next"]
+        following = Following(
+            run, after, types=types, output=include_log, patience=patience, now=time.monotonic()
+        )
         address = self._address
         while not following.ended:
-            clean = False
+            request = following.request(await self._credentials.aheaders())
             try:
-                async with _shared_async(address).stream(**self._stream(run, following)) as response:
-                    if _is_stream(following, response):
-                        async for data in response.aiter_raw():
-                            for event in following.receive_data(data, time.monotonic()):
-                                yield event
-                        clean = True
-                    elif following.is_refusal(response.status_code):
+                async with shared_async(address).stream(**request, timeout=calls.SILENCE) as response:
+                    if following.answered(response.status_code, response.headers, time.monotonic()):
+                        async with received(response) as chunks:
+                            async for data in chunks:
+                                for event in following.receive_data(data, time.monotonic()):
+                                    yield event
+                    elif following.is_refusal(response.status_code, self._credentials):
                         raise refusal(response.status_code, await response.aread(), str(response.url))
             except httpx.TransportError:
-                clean = False
+                following.lost = True
             if not following.ended:
-                await anyio.sleep(following.pause(time.monotonic(), clean=clean))
-                address = address if clean else _located(locate, address)
+                await anyio.sleep(following.pause(time.monotonic()))
+                address = _located(locate, address, following)
 
-    def lines(self, run: str) -> Iterator[str]:
-        """Yield what the run printed, line by line without line breaks, until it has ended.
+    def lines(self, run: str, **options: Any) -> Iterator[str]:
+        """Yield what the run printed, or yielded as text, line by line without line breaks, until it has ended.
 
-        Plain text has no cursors: a lost connection raises.
+        Args:
+          options: `patience` and `locate` of `follow`, which this is.
 
         Raises:
-          GatewayError: the gateway refuses (the token needs the action `logs`) or the connection is lost.
+          GatewayError: the gateway refuses (the token needs the action `logs`), or was away for too long.
         """
-        headers = {"Accept": "text/plain", "Accept-Encoding": "identity", **self._headers}
-        path = calls.run_path(run, "/events")
-        try:
-            with _shared(self._address).stream(
-                "GET", path, headers=headers, timeout=calls.SILENCE
-            ) as response:
-                if response.status_code != 200:
-                    raise refusal(response.status_code, response.read(), str(response.url))
-                yield from response.iter_lines()
-        except httpx.TransportError as error:
-            calls.unreachable(error, self.base_url)
+        for event in self.follow(run, include_log=True, **options):
+            yield from printed(event)
+
+    async def alines(self, run: str, **options: Any) -> AsyncGenerator[str, None]:
+        """Yield what the run printed: see `lines`. Leave it early only under `contextlib.aclosing`."""
+        async with aclosing(self.afollow(run, include_log=True, **options)) as events:
+            async for event in events:
+                for line in printed(event):
+                    yield line
 
     # --- end ------------------------------------------------------------------------------------------------
 
     def close(self) -> None:
         """Close the connections that this process has to this URL; the next call opens anew."""
-        with _lock:
-            client = _clients.pop(self._address, None)
-        if client is not None:
-            client.close()
+        connections.close(self._address)
 
     async def aclose(self) -> None:
         """Close the connections that this event loop has to this URL; the next call opens anew."""
-        client = _async_clients.get({}).pop(self._address, None)
-        if client is not None:
-            with contextlib.suppress(httpx.TransportError):
-                await client.aclose()
+        await connections.aclose(self._address)
 
 
-def _located(locate: Callable[[], str | None] | None, before: _Address) -> _Address:
-    url = None if locate is None else locate()
-    return before if url is None else _Address.parse(url, None)
-
-
-def _is_stream(following: Following, response: httpx.Response) -> bool:
-    head = response.headers
-    kind, again = head.get("content-type", ""), head.get("retry-after")
-    return following.answered(response.status_code, kind, again, time.monotonic())
+def _located(locate: Callable[[], str | None] | None, before: Address, following: Following) -> Address:
+    url = None if locate is None or not following.lost else locate()
+    return before if url is None else Address.parse(url)

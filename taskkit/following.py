@@ -13,10 +13,12 @@ from __future__ import annotations
 import json
 import random
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
+from urllib.parse import quote
 
+from taskkit.credentials import Credentials
 from taskkit.errors import GatewayError
 
 #: Largest block of a stream that is held in memory, bytes. A result may have LIMITS.result_bytes (8 MiB
@@ -179,6 +181,31 @@ def parse_retry_after(text: str | None) -> float:
     return min(float(text), LONGEST_RETRY) if text and _DIGITS.fullmatch(text.strip()) else 0.0
 
 
+def run_path(run: str, rest: str = "") -> str:
+    """Return the path of a run, or of something below it."""
+    return f"/api/v1/runs/{quote(run, safe='')}{rest}"
+
+
+def stream_params(types: Sequence[str], output: bool) -> dict[str, str]:
+    """Return the query for the events of some types, all when there are none, with output lines if wanted."""
+    params = {"include": "log"} if output else {}
+    if types:
+        params["types"] = ",".join([*types, "log"] if output else types)
+    return params
+
+
+def page_events(page: Mapping[str, Any]) -> list[StreamEvent]:
+    """Return the events on a page of a stream: `{events: [{id, type, data}], next, ended}`."""
+    return [StreamEvent(event["id"], event["type"], event["data"]) for event in page["events"]]
+
+
+def printed(event: StreamEvent) -> list[str]:
+    """Return the lines of text that an event stands for: what was printed, or yielded as text."""
+    key = "text" if event.type == "log" else "value"
+    text = event.data.get(key) if isinstance(event.data, dict) else None
+    return text.removesuffix("\n").split("\n") if isinstance(text, str) else []
+
+
 def refusal(status: int, body: bytes, url: str) -> GatewayError:
     """Return the error for an answer that is no success: its problem, or a sentence about the status."""
     document = _value(body.decode("utf-8", "replace"))
@@ -194,56 +221,83 @@ def refusal(status: int, body: bytes, url: str) -> GatewayError:
 class Following:
     """Follows one run over any number of connections.
 
-    For each connection: send `params()` and `headers()`, pass the answer's head to `answered`. If True, pass
-    what arrives to `receive_data`; else raise `refusal` if `is_refusal` says so. When the connection is
+    For each connection: send `request`, pass the answer's head to `answered`. If True, pass what arrives to
+    `receive_data`; else raise `refusal` if `is_refusal` says so. Set `lost` when the connection broke. When it is
     over and `ended` is False, wait for `pause` seconds.
 
     Args:
-      after: cursor to continue after; "" from the start, or "latest" or "now" (CONTRACT §2.2).
+      after: cursor to continue after; "" from the start. "latest" and "now" are for `page_events` to resolve: a
+        connection that broke in silence would forget where it began.
+      types: names of the events wanted; empty: all.
+      output: whether output lines are wanted, too.
       patience: seconds without a sign of the gateway after which to give up.
       now: monotonic seconds.
     """
 
-    def __init__(self, after: str = "", *, patience: float, now: float) -> None:
-        self._join = after if after in ("latest", "now") else ""
-        self._decoder = EventDecoder("" if self._join else after)
+    def __init__(
+        self,
+        run: str,
+        after: str = "",
+        *,
+        types: Sequence[str] = (),
+        output: bool = False,
+        patience: float,
+        now: float,
+    ) -> None:
+        self._path = run_path(run, "/events")
+        self._params = stream_params(types, output)
+        self._decoder = EventDecoder(after)
         self._pauses = Pauses(patience, now)
         self._retry_after = 0.0
+        self._renewed = False
         #: no further event will come
         self.ended = False
+        #: the connection broke; one that the gateway ended itself (age, shutdown) did not
+        self.lost = False
 
     @property
     def cursor(self) -> str:
         """Id of the newest event that was handed out or skipped; "" before the first."""
         return self._decoder.last_id
 
-    def params(self) -> dict[str, str]:
-        """Return the query of the next request."""
-        return {"after": self._join} if self._join and not self.cursor else {}
+    def request(self, headers: Mapping[str, str]) -> dict[str, Any]:
+        """Return what httpx is to send; forget the unfinished block of the last connection.
 
-    def headers(self) -> dict[str, str]:
-        """Return the headers of the next request, and forget the unfinished block of the last connection."""
+        Args:
+          headers: those that every request has.
+        """
+        self.lost = False
         retry, self._decoder = self._decoder.retry, EventDecoder(self.cursor)
         self._decoder.retry = retry
-        headers = {"Accept": "text/event-stream", "Accept-Encoding": "identity", "Cache-Control": "no-store"}
-        return {**headers, "Last-Event-ID": self.cursor} if self.cursor else headers
+        accept = {"Accept": "text/event-stream", "Accept-Encoding": "identity", "Cache-Control": "no-store"}
+        return {
+            "method": "GET",
+            "url": self._path,
+            "params": self._params,
+            "headers": {**accept, **headers, **({"Last-Event-ID": self.cursor} if self.cursor else {})},
+        }
 
-    def answered(self, status: int, content_type: str, retry_after: str | None, now: float) -> bool:
+    def answered(self, status: int, headers: Mapping[str, str], now: float) -> bool:
         """Judge an answer's head; return whether its body is to be read as the stream.
 
         False: the run has ended (204), a later try may succeed, or the answer is a refusal (`is_refusal`).
         """
-        self._retry_after = parse_retry_after(retry_after)
+        self._retry_after = parse_retry_after(headers.get("retry-after"))
+        kind = headers.get("content-type", "").partition(";")[0].strip()
         if status == 204:
             self.ended = True
-        elif status == 200 and content_type.partition(";")[0].strip() == "text/event-stream":
+        elif status == 200 and kind == "text/event-stream":
             self._pauses.alive(now)
+            self._renewed = False
             return True
+        self.lost = True
         return False
 
-    @staticmethod
-    def is_refusal(status: int) -> bool:
-        """Whether an answer without a stream is final: trying again would not help."""
+    def is_refusal(self, status: int, credentials: Credentials) -> bool:
+        """Whether an answer without a stream is final: trying again, or with another token, would not help."""
+        if not self._renewed and credentials.can_renew(status):
+            self._renewed = True
+            return False
         return status != 204 and status not in TRY_AGAIN
 
     def receive_data(self, data: bytes, now: float) -> list[StreamEvent]:
@@ -261,16 +315,14 @@ class Following:
             self.ended = event.type == "stream.end"
         return events
 
-    def pause(self, now: float, *, clean: bool) -> float:
+    def pause(self, now: float) -> float:
         """Return how many seconds to wait before the next connection.
-
-        Args:
-          clean: the gateway ended the connection itself (age, shutdown), so its `retry:` counts.
 
         Raises:
           GatewayError: there was no sign of life for as long as `patience`.
         """
-        at_least = max(self._retry_after, (self._decoder.retry or 1.0) if clean else 0.0)
+        # `retry:` is the gateway's word for an end of its own making; after a break the first try is quick.
+        at_least = max(self._retry_after, 0.0 if self.lost else (self._decoder.retry or 1.0))
         pause = self._pauses.next(now, at_least)
         if pause is None:
             raise GatewayError("the gateway did not come back; follow again later with the last cursor")

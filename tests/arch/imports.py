@@ -35,7 +35,10 @@ SHARED = (
 )
 
 #: What the client adds to them, for the command line and for any program of a user's.
-CLIENT = ("taskkit.client", "taskkit.calls", "taskkit.following", "taskkit.current")
+CLIENT = (
+    *("taskkit.client", "taskkit.calls", "taskkit.connections", "taskkit.credentials"),
+    *("taskkit.following", "taskkit.current"),
+)
 
 #: Rooms that need an app of Django's which not every project has; the tree does not import them by itself.
 NOT_WATCHED = ("taskkit.admin",)

@@ -63,6 +63,7 @@ def test_the_wheel_is_the_product(wheel: Path) -> None:
     tops = {name.split("/")[0] for name in names if ".dist-info/" not in name}
     assert tops == {"supervisor", "gateway", "taskkit"}, "neither tests nor deploy"
     assert "taskkit/_demo/manage.py" in names
+    assert "gateway/tasks.js" in names, "what the gateway serves to browsers"
     assert any(name.startswith("taskkit/migrations/0001") for name in names)
     assert [name for name in names if "__pycache__" in name or name.endswith((".sqlite3", ".pyc"))] == []
     assert "bulkhead = " in commands

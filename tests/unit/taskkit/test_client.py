@@ -8,6 +8,7 @@ import os
 import socket
 import socketserver
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import aclosing
 from dataclasses import dataclass, field
@@ -15,9 +16,11 @@ from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
+import anyio
+import anyio.lowlevel
 import pytest
 
-from taskkit import calls, client
+from taskkit import calls, connections
 from taskkit.client import Client, close_clients, get_client
 from taskkit.errors import GatewayError, RunCrashed, RunFailed, RunLost, RunTimedOut, RunWasCancelled
 from taskkit.following import StreamEvent
@@ -214,6 +217,95 @@ def test_follow_from_behind_the_end_is_empty(gateway: Client, server: Server) ->
     assert list(gateway.follow(RUN, after="3")) == []
 
 
+@pytest.mark.parametrize("word", ["latest", "now"])
+def test_joining_words_become_a_cursor_before_the_stream_begins(
+    gateway: Client, server: Server, word: str
+) -> None:
+    events = [{"id": "7", "type": "progress", "data": {"step": 7}}] if word == "latest" else []
+    page = {"events": events, "next": "7", "ended": False}
+    server.script = [hang_up, document(200, page), stream(b"", broken=True), stream(event(8) + END)]
+    seen = [event.id for event in gateway.follow(RUN, after=word, types=["progress"])]
+    assert seen == [event["id"] for event in events] + ["8", "3"]
+    assert server.requests[1].path == f"/api/v1/runs/{RUN}/events?after={word}&types=progress"
+    assert server.requests[1].headers["Accept"] == "application/json"
+    assert [r.headers.get("Last-Event-ID") for r in server.requests] == [None, None, "7", "7"]
+
+
+def test_joining_a_run_that_has_ended_is_empty(gateway: Client, server: Server) -> None:
+    server.script = [document(200, {"events": [], "next": "9", "ended": True})]
+    assert list(gateway.follow(RUN, after="now")) == []
+
+
+def test_a_busy_gateway_is_obeyed_and_not_mentioned(gateway: Client, server: Server) -> None:
+    server.script = [stream(b"retry: 300\nevent: stream.busy\ndata: {}\n\n"), stream(event(1) + END)]
+    started = time.monotonic()
+    assert [event.id for event in gateway.follow(RUN)] == ["1", "3"]
+    assert time.monotonic() - started >= 0.3
+
+
+def test_a_reset_is_passed_on_and_is_the_cursor(gateway: Client, server: Server) -> None:
+    reset = event(41, "stream.reset", **{"from": 42, "reason": "trimmed"})
+    server.script = [stream(reset, broken=True), stream(event(42) + END)]
+    events = list(gateway.follow(RUN, after="7"))
+    assert [event.type for event in events] == ["stream.reset", "progress", "stream.end"]
+    assert events[0].data == {"from": 42, "reason": "trimmed"}
+    assert [r.headers["Last-Event-ID"] for r in server.requests] == ["7", "41"]
+
+
+class Tokens:
+    """Returns a new token each time that it is asked."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+
+    def __call__(self) -> str:
+        self.asked += 1
+        return f"token-{self.asked}"
+
+    async def wait(self) -> str:
+        """Return the next one later."""
+        await anyio.lowlevel.checkpoint()
+        return self()
+
+
+EXPIRED = document(401, {"detail": "the token has expired"})
+
+
+def test_an_expired_token_is_renewed_in_calls_and_streams(server: Server) -> None:
+    tokens = Tokens()
+    client = get_client(server.serve(socket.AF_INET, ("127.0.0.1", 0)), token=tokens)
+    server.script = [EXPIRED, document(202, {"id": RUN}), stream(event(1)), EXPIRED, stream(event(2) + END)]
+    client.submit("demo.count")
+    assert [event.id for event in client.follow(RUN)] == ["1", "2", "3"]
+    sent = [request.headers["Authorization"].removeprefix("Bearer token-") for request in server.requests]
+    assert sent == ["1", "2", "2", "2", "3"]
+    server.script = [EXPIRED, EXPIRED]
+    with pytest.raises(GatewayError, match="expired"):
+        client.status(RUN)
+
+
+async def test_the_token_of_asynchronous_calls_may_be_waited_for(server: Server) -> None:
+    tokens = Tokens()
+    client = get_client(server.serve(socket.AF_INET, ("127.0.0.1", 0)), token=tokens.wait)
+    server.script = [EXPIRED, document(202, {"id": RUN}), EXPIRED, stream(END)]
+    await client.asubmit("demo.count")
+    async with aclosing(client.afollow(RUN)) as events:
+        assert [event.id async for event in events] == ["3"]
+    await client.aclose()
+    assert tokens.asked == 3
+    with pytest.raises(GatewayError, match="plain function"):
+        get_client(client.base_url, token=Tokens().wait).runs()
+
+
+def test_many_followers_keep_nobody_waiting(gateway: Client, server: Server) -> None:
+    server.script = [stream(event(1))] * 120 + [document(200, {})]
+    followers = [gateway.follow(RUN) for _ in range(120)]
+    assert {next(follower).id for follower in followers} == {"1"}
+    assert gateway.runs() == {}
+    for follower in followers:
+        follower.close()  # type: ignore[attr-defined]
+
+
 def test_follow_of_a_run_that_is_not_there_raises(gateway: Client, server: Server) -> None:
     server.script = [document(404, {"detail": "no such run"})]
     with pytest.raises(GatewayError, match="no such run"):
@@ -289,9 +381,12 @@ def test_result_of_a_run_that_failed_raises_how(
 
 
 def test_lines_are_what_the_run_printed(gateway: Client, server: Server) -> None:
-    server.script = [stream("eins\nzwei ü\n".encode())]
-    assert list(gateway.lines(RUN)) == ["eins", "zwei ü"]
-    assert server.requests[0].headers["Accept"] == "text/plain"
+    server.script = [
+        stream(event(1, "log", text="eins") + event(2, "progress", value="zwei"), broken=True),
+        stream(event(3, "log", text="drei ü\nvier\n") + event(4, "other", n=1) + END),
+    ]
+    assert list(gateway.lines(RUN)) == ["eins", "zwei", "drei ü", "vier"]
+    assert [request.path for request in server.requests] == [f"/api/v1/runs/{RUN}/events?include=log"] * 2
 
 
 def test_a_unix_socket_is_an_address(server: Server, tmp_path: Path) -> None:
@@ -315,18 +410,18 @@ def test_clients_of_one_url_share_a_connection_and_a_fork_opens_its_own(
 ) -> None:
     server.script = [document(200, {})] * 2
     gateway.runs()
-    shared = client._shared(gateway._address)
-    assert client._shared(Client(gateway.base_url)._address) is shared
+    shared = connections.shared(gateway._address)
+    assert connections.shared(Client(gateway.base_url)._address) is shared
     child = os.fork()
     if child == 0:
-        os._exit(0 if client._clients == {} and not client._lock.locked() else 1)
+        os._exit(0 if connections._clients == {} and not connections._lock.locked() else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-    assert client._shared(gateway._address) is shared
+    assert connections.shared(gateway._address) is shared
 
 
 async def _use(gateway: Client) -> tuple[dict[str, Any], list[StreamEvent], Any]:
     answer = await gateway.asubmit("demo.count", kwargs={"n": 2})
-    async with aclosing(gateway.afollow(RUN)) as events:  # type: ignore[type-var]
+    async with aclosing(gateway.afollow(RUN)) as events:
         seen = [event async for event in events]
     result = await gateway.aresult(RUN)
     await gateway.aclose()
@@ -357,5 +452,6 @@ def test_the_asynchronous_twins_in_asyncio_again_and_again(gateway: Client, serv
 
 def test_every_call_has_its_twin() -> None:
     names = {name for name in vars(Client) if not name.startswith("_")}
-    plain = {"submit", "follow", "result", "cancel", "status", "runs", "runners", "tasks", "task", "close"}
-    assert {f"a{name}" for name in plain} | plain <= names
+    plain = {name for name in names if f"a{name}" in names}
+    assert plain >= {"submit", "follow", "lines", "result", "cancel", "status", "runs", "tasks", "close"}
+    assert names == plain | {f"a{name}" for name in plain}

@@ -7,6 +7,7 @@ import random
 import pytest
 
 from taskkit import following
+from taskkit.credentials import Credentials
 from taskkit.errors import GatewayError
 from taskkit.following import EventDecoder, Following, Pauses, StreamEvent, parse_retry_after, refusal
 
@@ -107,37 +108,70 @@ def test_many_small_blocks_are_not_a_large_one(monkeypatch: pytest.MonkeyPatch) 
 
 
 def begin(after: str = "", patience: float = 10.0) -> Following:
-    return Following(after, patience=patience, now=0.0)
+    return Following("r", after, patience=patience, now=0.0)
+
+
+def head(kind: str = "text/event-stream", **headers: str) -> dict[str, str]:
+    return {"content-type": kind} | {name.replace("_", "-"): value for name, value in headers.items()}
+
+
+def sent(it: Following) -> dict[str, str]:
+    """Return the headers of the next request."""
+    headers: dict[str, str] = it.request({"Authorization": "Bearer t"})["headers"]
+    return headers
 
 
 def test_resumes_after_the_last_complete_event() -> None:
     it = begin()
-    assert "Last-Event-ID" not in it.headers()
-    assert it.answered(200, "text/event-stream; charset=utf-8", None, 0.0)
+    assert "Last-Event-ID" not in sent(it)
+    assert it.answered(200, head("text/event-stream; charset=utf-8"), 0.0)
     it.receive_data(b"id: 7\ndata: x\n\nid: 8\ndata: cut", 0.0)
-    assert it.headers()["Last-Event-ID"] == "7"
-    assert it.answered(200, "text/event-stream", None, 0.0)
+    assert sent(it)["Last-Event-ID"] == "7"
+    assert it.answered(200, head(), 0.0)
     assert it.receive_data(b"id: 8\ndata: whole\n\n", 0.0) == [StreamEvent("8", "message", "whole")]
 
 
 def test_a_given_cursor_is_sent_at_once() -> None:
-    assert begin("41").headers()["Last-Event-ID"] == "41"
+    assert sent(begin("41"))["Last-Event-ID"] == "41"
 
 
-@pytest.mark.parametrize("word", ["latest", "now"])
-def test_joining_words_hold_until_the_first_event(word: str) -> None:
-    it = begin(word)
-    assert it.params() == {"after": word}
-    assert "Last-Event-ID" not in it.headers()
-    it.answered(200, "text/event-stream", None, 0.0)
-    it.receive_data(b"id: 9\ndata: x\n\n", 0.0)
-    assert it.params() == {}
-    assert it.headers()["Last-Event-ID"] == "9"
+def test_a_request_carries_token_types_and_what_is_wanted_of_the_output() -> None:
+    plain = begin().request({"Authorization": "Bearer t"})
+    assert plain["url"] == "/api/v1/runs/r/events"
+    assert plain["headers"]["Authorization"] == "Bearer t"
+    assert plain["params"] == {}
+    it = Following("a/b", types=("month", "year"), output=True, patience=1.0, now=0.0)
+    assert it.request({})["url"] == "/api/v1/runs/a%2Fb/events"
+    assert it.request({})["params"] == {"types": "month,year,log", "include": "log"}
+
+
+def test_a_refused_token_is_asked_for_anew_once_per_connection_that_worked() -> None:
+    it, credentials = begin(), Credentials(lambda: "t")
+    assert not it.is_refusal(401, credentials)
+    assert it.is_refusal(401, credentials), "the new one was refused as well"
+    it.answered(200, head(), 0.0)
+    assert not it.is_refusal(401, credentials)
+    assert it.is_refusal(403, credentials), "another token of the same source may do no more"
+
+
+@pytest.mark.parametrize(
+    ("type", "data", "lines"),
+    [
+        ("log", {"text": "one"}, ["one"]),
+        ("log", {"text": "one\ntwo\n"}, ["one", "two"]),
+        ("log", {"text": ""}, [""]),
+        ("progress", {"value": "yielded"}, ["yielded"]),
+        ("progress", {"value": 1, "text": "no line"}, []),
+        ("progress", "no object", []),
+    ],
+)
+def test_what_counts_as_printed(type: str, data: object, lines: list[str]) -> None:
+    assert following.printed(StreamEvent("1", type, data)) == lines
 
 
 def test_nothing_follows_stream_end() -> None:
     it = begin()
-    it.answered(200, "text/event-stream", None, 0.0)
+    it.answered(200, head(), 0.0)
     events = it.receive_data(b"event: stream.end\ndata: {}\n\ndata: more\n\n", 0.0)
     assert [event.type for event in events] == ["stream.end"]
     assert it.ended
@@ -145,7 +179,7 @@ def test_nothing_follows_stream_end() -> None:
 
 def test_204_is_the_end() -> None:
     it = begin("9")
-    assert not it.answered(204, "", None, 0.0)
+    assert not it.answered(204, {}, 0.0)
     assert it.ended
 
 
@@ -153,54 +187,55 @@ def test_204_is_the_end() -> None:
 @pytest.mark.parametrize("kind", ["application/problem+json", "text/html"])
 def test_other_answers_are_refusals(status: int, final: bool, kind: str) -> None:
     it = begin()
-    assert not it.answered(status, kind, None, 0.0)
+    assert not it.answered(status, head(kind), 0.0)
     assert not it.ended
-    assert it.is_refusal(status) is final
+    assert it.is_refusal(status, Credentials("t")) is final
 
 
 @pytest.mark.parametrize("status", sorted(following.TRY_AGAIN))
 def test_overload_is_tried_again_not_before_retry_after(status: int) -> None:
     it = begin()
-    assert not it.answered(status, "application/problem+json", "7", 0.0)
-    assert not it.is_refusal(status)
-    assert it.pause(1.0, clean=False) >= 7
+    assert not it.answered(status, head("application/problem+json", retry_after="7"), 0.0)
+    assert not it.is_refusal(status, Credentials("t"))
+    assert it.pause(1.0) >= 7
 
 
 def test_a_busy_gateway_is_not_an_event_of_the_run() -> None:
     it = begin()
-    it.answered(200, "text/event-stream", None, 0.0)
+    it.answered(200, head(), 0.0)
     assert it.receive_data(b"retry: 5000\nevent: stream.busy\ndata: {}\n\n", 0.0) == []
-    assert it.pause(0.0, clean=True) >= 5
+    assert it.pause(0.0) >= 5
 
 
 def test_a_clean_end_waits_as_long_as_the_gateway_asked() -> None:
     it = begin()
-    it.answered(200, "text/event-stream", None, 0.0)
+    it.answered(200, head(), 0.0)
     it.receive_data(b"retry: 2500\n\n", 0.0)
-    it.headers()
-    assert it.pause(0.0, clean=True) >= 2.5
+    sent(it)
+    assert it.pause(0.0) >= 2.5
 
 
 def test_a_broken_connection_is_tried_again_soon() -> None:
     it = begin()
-    it.answered(200, "text/event-stream", None, 0.0)
+    it.answered(200, head(), 0.0)
     it.receive_data(b"retry: 2500\n\n", 0.0)
-    assert it.pause(0.0, clean=False) <= following.FIRST_PAUSE
+    it.lost = True
+    assert it.pause(0.0) <= following.FIRST_PAUSE
 
 
 def test_gives_up_when_patience_ends() -> None:
     it = begin(patience=10)
-    it.pause(9.9, clean=False)
+    it.pause(9.9)
     with pytest.raises(GatewayError, match="did not come back"):
-        it.pause(10.0, clean=False)
+        it.pause(10.0)
 
 
 def test_a_sign_of_life_renews_patience() -> None:
     it = begin(patience=10)
-    it.answered(200, "text/event-stream", None, 9.0)
-    it.pause(18.0, clean=False)
+    it.answered(200, head(), 9.0)
+    it.pause(18.0)
     it.receive_data(b":\n", 18.5)
-    it.pause(28.0, clean=False)
+    it.pause(28.0)
 
 
 def test_pauses_grow_to_a_cap_and_never_vanish() -> None:
