@@ -9,7 +9,7 @@ import urllib.parse
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 from playwright.sync_api import Browser, BrowserContext, Page, sync_playwright
@@ -42,18 +42,15 @@ OTHER = "0190b5a0-0000-7000-8000-000000000001"
 
 
 class Pages(http.server.BaseHTTPRequestHandler):
-    """The site; `answers` has what it says by path, PAGE by default."""
-
-    answers: ClassVar[dict[str, bytes]] = {}
+    """The site: PAGE, wherever one looks."""
 
     def do_GET(self) -> None:
         """Serve a page."""
-        body = self.answers.get(self.path, PAGE)
         self.send_response(200)
         self.send_header("Content-Type", "text/html")
-        self.send_header("Content-Length", str(len(body)))
+        self.send_header("Content-Length", str(len(PAGE)))
         self.end_headers()
-        self.wfile.write(body)
+        self.wfile.write(PAGE)
 
     def log_message(self, *_: object) -> None:
         """Say nothing."""
@@ -277,23 +274,6 @@ def test_a_refusal_surfaces(
     assert outcome(visit(run, all=all))["status"] == 401
     log_in(context, tree.token(actions=["read"], tasks=[], runs=[OTHER]))
     assert outcome(visit(run, all=all))["status"] == 404
-
-
-def test_the_page_of_the_readme_works(
-    tree: Tree, context: BrowserContext, site: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    readme = (helpers.ROOT / "README.md").read_text()
-    page_of_readme = readme.partition("```html\n")[2].partition("```")[0]
-    port = tree.url.rpartition(":")[2]
-    page_here = page_of_readme.replace("8888", port).replace("month", "progress")
-    answer = json.dumps({"run": tree.submit("proj.count", n=3)["id"]})
-    monkeypatch.setattr(Pages, "answers", {"/report": page_here.encode(), "/start_report": answer.encode()})
-    page = context.new_page()
-    shown: list[str] = []
-    page.on("console", lambda message: shown.append(message.text))
-    with page.expect_console_message(lambda message: message.text == "3"):
-        page.goto(f"{site}/report")
-    assert len([text for text in shown if "step" in text]) == 3, shown
 
 
 def test_a_token_is_sent_as_bearer(tree: Tree, context: BrowserContext, visit: Callable[..., Page]) -> None:

@@ -236,35 +236,61 @@ def curl(reader: Reader, text: str) -> None:
 
 
 def views(reader: Reader, text: str) -> None:
+    """The view, one that serves the page of the next block, Bulkhead's own."""
     reader.write("reports/views.py", text)
     reader.write(
         "mysite/urls.py",
-        "from django.urls import path\nfrom reports.views import start_report\n"
-        'urlpatterns = [path("start/", start_report)]\n',
+        "from django.http import FileResponse\nfrom django.urls import include, path\n"
+        "from reports.views import start_report\n"
+        "def page(request):\n    return FileResponse(open('page.html', 'rb'), content_type='text/html')\n"
+        "urlpatterns = [path('start_report', start_report), path('page', page),\n"
+        "               path('bulkhead/', include('taskkit.urls'))]\n",
     )
     reader.serve(
         f"python manage.py runserver --noreload {reader.site_port}", f"http://127.0.0.1:{reader.site_port}/"
     )
 
 
-_BROWSER = """async snippet => {
-    const {run} = JSON.parse(document.body.innerText);
-    const said = [];
-    let finish;
-    const over = new Promise(resolve => finish = resolve);
-    const console = {log: what => { said.push(what); if (what.status) finish(); }};
-    eval(snippet);
-    await over;
-    return said;
+_SAID = """async () => {
+    const over = () => window.said.some(what => what.rows && !what.month);
+    while (!over()) await new Promise(resolve => setTimeout(resolve, 20));
+    return window.said;
 }"""
 
 
 def browser(reader: Reader, text: str) -> None:
-    """In Chromium, on the page of the view, whose answer has the run's id, and the cookie."""
-    page = f"http://localhost:{reader.site_port}/start/"
-    said = reader.chromium.ask(op="run", page=page, script=_BROWSER, argument=reader.filled(text))["value"]
+    """In Chromium, as part of a page of the site."""
+    ears = "<!doctype html><script>window.said = []; console.log = what => window.said.push(what)</script>\n"
+    reader.write("page.html", ears + text)
+    page = f"http://localhost:{reader.site_port}/page"
+    said = reader.chromium.ask(op="run", page=page, script=_SAID)["value"]
     assert [one["month"] for one in said[:-1]] == list(range(1, 13))
-    assert said[-1]["status"] == "SUCCESSFUL"
+    assert said[-1] == {"rows": 7800}
+
+
+_POST = """
+import json
+from django.contrib.auth.models import User
+from django.test import Client
+from taskkit import tokens
+import jwt
+for staff in (True, False):
+    client = Client(headers={"host": "localhost"})
+    client.force_login(User.objects.create(username=f"u{staff}", is_staff=staff))
+    answer = client.post("/bulkhead/token/").json()
+    print(json.dumps(jwt.decode(answer["token"], options={"verify_signature": False})))
+"""
+
+
+def claims(reader: Reader, text: str) -> None:
+    """Staff gets what the function says, another user what he would without it."""
+    reader.write("reports/tokens.py", text)
+    settings(reader, 'TASKKIT["TOKEN_CLAIMS"] = "reports.tokens.claims"\n')
+    reader.write("post.py", _POST)
+    told = reader.sh("python manage.py shell < post.py").splitlines()
+    staff, user = (json.loads(line) for line in told if line.startswith("{"))
+    assert (staff["runs"], sorted(staff["actions"])) == ("*", ["cancel", "logs", "read"])
+    assert (user["runs"], user["actions"]) == ("own", ["read"])
 
 
 def program(reader: Reader, text: str) -> None:
@@ -292,7 +318,8 @@ WAYS: dict[str, Callable[[Reader, str], None]] = {
     "curl -N": curl,
     "CORS_ORIGINS": cors,
     "# reports/views.py": views,
-    "new EventSource(url": browser,
+    '<script type="module">': browser,
+    "# reports/tokens.py": claims,
     "client = get_client(": program,
     "# reports/models.py": model,
     "makemigrations reports": migrated,
