@@ -196,7 +196,7 @@ class Api:
         """Ask a run to stop: 202 with the snapshot, 409 when it has finished."""
         claims = self._authenticator.require(request, "cancel")
         Parameters(request, ())
-        grace = _grace(await read_object(request, self._engine.settings.limits.body_bytes))
+        grace = _grace(await read_object(request, self._engine.settings.limits))
         run = await self._visible(request, claims)
         run = await self._engine.cancel(run, grace)
         return answer(await self._snapshot(run, claims), 202)

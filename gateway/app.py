@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
-from starlette.types import ASGIApp
+from starlette.routing import BaseRoute
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from gateway.api import Api
 from gateway.auth import Authenticator, HostGuard
@@ -13,6 +15,7 @@ from gateway.problems import exception_handlers
 from gateway.reading import Refusal, on_refusal
 from gateway.retention import Retention
 from gateway.seed import SeedRoutes
+from gateway.websocket import Sockets
 
 
 def build_app(engine: Engine, authenticator: Authenticator, retention: Retention) -> ASGIApp:
@@ -21,15 +24,25 @@ def build_app(engine: Engine, authenticator: Authenticator, retention: Retention
     The guards are plain ASGI: Starlette's BaseHTTPMiddleware puts a queue into every response, which hides a
     client's leaving from a stream.
     """
-    routes = [*Api(engine, authenticator, retention).routes(), *SeedRoutes(engine, authenticator).routes()]
+    routes: list[BaseRoute] = [
+        *Api(engine, authenticator, retention).routes(),
+        *SeedRoutes(engine, authenticator).routes(),
+        *Sockets(engine, authenticator).routes(),
+    ]
     inner = Starlette(routes=routes, exception_handlers={**exception_handlers, Refusal: on_refusal})
     # A path with a slash too many is unknown, like any other; a redirect is one more shape for clients to
     # handle.
     inner.router.redirect_slashes = False
+    inner.router.default = _unknown
     app: ASGIApp = inner
     if engine.settings.cors_origins:
         app = _with_cors(app, engine.settings.cors_origins)
     return HostGuard(app, authenticator.allowed_hosts)
+
+
+async def _unknown(scope: Scope, receive: Receive, send: Send) -> None:
+    """Answer 404, also to a WebSocket, for which Starlette has a bare 403."""
+    raise HTTPException(404)
 
 
 def _with_cors(app: ASGIApp, origins: list[str]) -> ASGIApp:

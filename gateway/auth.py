@@ -70,17 +70,26 @@ class Authenticator:
             raise Forbidden(f"the token does not allow {action!r}")
         return claims
 
-    def _against_cookie(self, request: HTTPConnection) -> str:
-        """Return why a cookie does not count here, with the remedy; "" when it does."""
-        if request.scope.get("method") not in _COOKIE_METHODS:
-            return "a cookie counts for GET and HEAD only; send a Bearer token"
+    def knows_origin(self, request: HTTPConnection) -> bool:
+        """Whether a page that sends this may have an answer: no page of another site, unless CORS_ORIGINS has it."""
         origin = request.headers.get("origin")
         # Absent on same-origin GETs and on navigation, which shows its result to nobody else.
-        if origin is None or origin in self.cors_origins:
-            return ""
-        if origin.partition("://")[2].lower() == request.headers.get("host", "").lower():
+        if origin is None or _is_same_origin(origin, request):
+            return True
+        return not self.cors_origins.isdisjoint({origin, "*"})
+
+    def _against_cookie(self, request: HTTPConnection) -> str:
+        """Return why a cookie does not count here, with the remedy; "" when it does."""
+        if request.scope.get("method", "GET") not in _COOKIE_METHODS:  # a WebSocket begins with a GET
+            return "a cookie counts for GET and HEAD only; send a Bearer token"
+        origin = request.headers.get("origin")
+        if origin is None or origin in self.cors_origins or _is_same_origin(origin, request):
             return ""
         return f"origin {origin[:200]!r} is not in CORS_ORIGINS; add it, or send a Bearer token"
+
+
+def _is_same_origin(origin: str, request: HTTPConnection) -> bool:
+    return origin.partition("://")[2].lower() == request.headers.get("host", "").lower()
 
 
 def _bearer(headers: list[str]) -> str:

@@ -60,7 +60,7 @@ class Submitting:
         """Serve POST /api/v1/runs."""
         claims = self._authenticator.require(request, "submit")
         key = _idempotency_key(request)
-        data = await read_body_of_json(request, self._engine.settings.limits.body_bytes)
+        data = await read_body_of_json(request, self._engine.settings.limits)
         body, submission = await self._parse(data, claims, key)
         failpoints.hit("accept.asked")
         with _retry_hints(submission):
@@ -77,7 +77,7 @@ class Submitting:
         """Serve POST /api/v1/runs/{id}/replay: an ended run is performed again, as a new one."""
         claims = self._authenticator.require(request, "submit")
         key = _idempotency_key(request)
-        body = await read_object(request, self._engine.settings.limits.body_bytes)
+        body = await read_object(request, self._engine.settings.limits)
         old = await self._ended_run(request.path_params["id"], claims)
         submission = replay_of(
             old,

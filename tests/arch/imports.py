@@ -47,6 +47,8 @@ PURE = (
     "taskkit.identifiers",
     "taskkit.settings",
     "gateway.sse",
+    "gateway.dialects",
+    "gateway.handshake",
     "gateway.submission",
     "gateway.arguments",
     "gateway.output",
