@@ -11,7 +11,6 @@ from typing import Final
 
 from starlette.requests import HTTPConnection
 from starlette.types import ASGIApp, Receive, Scope, Send
-from starlette.websockets import WebSocketClose
 
 from gateway.problems import problem
 from taskkit import tokens
@@ -154,8 +153,6 @@ class HostGuard:
         host = host_of(headers[0].decode("latin-1")) if len(headers) == 1 else None
         if host is not None and is_allowed_host(host, self.allowed_hosts):
             return None
-        if scope["type"] == "websocket":
-            return WebSocketClose(1008)
         if host is None:
             return problem(None, "bad-host", "the Host header is malformed", instance=scope["path"])
         return problem(

@@ -7,6 +7,7 @@ positions in streams; while it is behind, only the newest state of each run is t
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
@@ -32,12 +33,20 @@ logger = logging.getLogger(__name__)
 #: shall see each state of a run, however short.
 BEHIND: Final = 64
 
-#: Filters and followed runs of one connection. Precedents for streams: Centrifugo 128, Supabase 100, Nchan 255.
-MAX_FILTERS: Final = 64
+#: Filters of one connection; each is asked about every change of any run.
+MAX_FILTERS: Final = 16
+
+#: Runs that one connection follows. Precedents: Centrifugo 128, Supabase 100, Nchan 255.
 MAX_FOLLOWED: Final = 128
 
-#: Runs of a snapshot that are read at once.
-PAGE: Final = 100
+#: Runs of a snapshot that are read at once. Each may have 1 MiB of arguments, held until a slow client has taken it.
+PAGE: Final = 25
+
+#: Ended runs of each state in a snapshot, the newest; GET /api/v1/runs has the others.
+MAX_ENDED: Final = 1_000
+
+#: Changes that are looked at in a row, before others have their turn.
+TURN: Final = 50
 
 #: Seconds for which a change may still be published that a snapshot has shown. It takes milliseconds from a commit.
 SETTLE_SECONDS: Final = 10.0
@@ -223,13 +232,12 @@ class Conversation:
         if len(self._filters) >= MAX_FILTERS:
             raise Complaint("too-many", f"a connection has {MAX_FILTERS} filters at most; unsubscribe first")
         if said.cursor is not None:
-            assert said.filter.runs is not None
-            await self._start_following(said.filter.runs[0], said.cursor)
+            await self._start_following(said.run, said.cursor)
         if not self._has_asked:
             self._forget_wishes(follows=False)
         self._filters.append(said.filter)
         async with self._telling:
-            await self._show(said.filter)
+            await self._show(said.filter, said.since)
         await self._say(dialects.SUBSCRIBED)
 
     def _forget_wishes(self, *, follows: bool = True) -> None:
@@ -250,8 +258,10 @@ class Conversation:
             runs, missed = self._watch.take()
             if missed:
                 await self._start_over()
-            for run in runs if len(runs) <= BEHIND else _newest_states(runs):
+            for number, run in enumerate(runs if len(runs) <= BEHIND else _newest_states(runs), 1):
                 await self._tell_of(run)
+                if number % TURN == 0:
+                    await trio.lowlevel.checkpoint()
 
     async def _tell_of(self, run: RunRow) -> None:
         if not self._claims.sees_run(run.id, run.task):
@@ -271,9 +281,9 @@ class Conversation:
         for one in tuple(self._filters):
             await self._show(one)
 
-    async def _show(self, one: Filter) -> None:
-        """Tell of every open run that a filter selects, and of ended ones since its `since`."""
-        async with aclosing(self._open_runs(one)) as runs:
+    async def _show(self, one: Filter, since: float | None = None) -> None:
+        """Tell of every open run that a filter selects, and of ended ones made since `since`."""
+        async with aclosing(self._runs(one, since)) as runs:
             async for run in runs:
                 self._shown.note(run)
                 await self._say(self._updates.of(run))
@@ -281,27 +291,37 @@ class Conversation:
     async def _show_channel(self) -> None:
         if not (self._channel and self._claims.subject):
             return
-        async with aclosing(self._open_runs(Filter(users=(self._claims.subject,)))) as runs:
+        async with aclosing(self._runs(Filter(users=frozenset({self._claims.subject})))) as runs:
             async for run in runs:
                 self._shown_on_channel.note(run)
                 await self._say(dialects.channel_frame(run))
 
-    async def _open_runs(self, one: Filter) -> AsyncGenerator[RunRow, None]:
+    async def _runs(self, one: Filter, since: float | None = None) -> AsyncGenerator[RunRow, None]:
         for status in RunStatus:
-            if status.is_terminal and one.since is None:
+            if status.is_terminal and since is None:
                 continue
-            which = RunFilter(status=status, since=one.since if status.is_terminal else None, limit=PAGE)
-            if one.users is not None and len(one.users) == 1:
-                which.subject = one.users[0]
-            if self._claims.runs != "*":
-                which.ids, which.tasks = tuple(sorted(self._claims.runs)), self._claims.tasks
+            which = self._selection(one)
+            which.status, which.since = status, since if status.is_terminal else None
+            left = MAX_ENDED if status.is_terminal else math.inf
             page = await self._read(which)
             while page:
                 for run in page:
-                    if one.matches(run):
+                    if one.matches(run) and self._claims.sees_run(run.id, run.task):
                         yield run
                 which.before = page[-1].no
-                page = await self._read(which) if len(page) == PAGE else []
+                left -= len(page)
+                page = await self._read(which) if len(page) == PAGE and left > 0 else []
+
+    def _selection(self, one: Filter) -> RunFilter:
+        """Return what the store has to look through: no less than what the filter and the claims select."""
+        which = RunFilter(limit=PAGE)
+        if one.users is not None and len(one.users) == 1:
+            (which.subject,) = one.users
+        if one.runs is not None:
+            which.ids = tuple(sorted(one.runs))
+        elif self._claims.runs != "*":
+            which.ids, which.tasks = tuple(sorted(self._claims.runs)), self._claims.tasks
+        return which
 
     async def _read(self, which: RunFilter) -> list[RunRow]:
         while True:
@@ -343,17 +363,23 @@ class Conversation:
             follower = Follower(self._engine.store, subscription, run, cursor)
             while self._claims.sees_run(run.id, run.task) and not subscription.closing:
                 try:
-                    pieces = await follower.read()
+                    told = await self._tell_events(run, follower)
                 except StoreError as error:
                     logger.warning("a WebSocket waits for the store: %s", error)
                     await trio.sleep(STORE_PAUSE)
                     continue
-                for piece in pieces:
-                    await self._say(_event(run.id, piece))
                 if follower.done:
                     return
-                if not pieces:
+                if not told:
                     await follower.wait()
+
+    async def _tell_events(self, run: RunRow, follower: Follower) -> bool:
+        """Tell what is there; return whether it was anything. One batch at a time is held for a client, not 128."""
+        async with self._telling:
+            pieces = await follower.read()
+            for piece in pieces:
+                await self._say(_event(run.id, piece))
+        return bool(pieces)
 
 
 def _newest_states(runs: Sequence[RunRow]) -> list[RunRow]:

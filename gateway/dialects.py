@@ -5,10 +5,11 @@ The keys and words leave the process: they are for ever.
 
 from __future__ import annotations
 
+import fnmatch
+import re
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import Annotated, Any, Final, NamedTuple
 
 import msgspec
@@ -17,6 +18,7 @@ from msgspec import Meta, Struct
 from gateway import snapshot, sse
 from gateway.store.rows import RunRow
 from gateway.submission import parse_time
+from taskkit.identifiers import parse_run_id
 from taskkit.lifecycle import RunStatus
 
 
@@ -148,12 +150,14 @@ class Updates:
 
 _Name = Annotated[str, Meta(min_length=1, max_length=200)]
 _Names = Annotated[list[_Name], Meta(min_length=1, max_length=100)]
+#: Fewer, as each costs something with every change of any run.
+_Patterns = Annotated[list[_Name], Meta(min_length=1, max_length=20)]
 
 
 class _Subscribe(Struct, forbid_unknown_fields=True):
     type: str
     run: _Name | _Names | None = None
-    task: _Name | _Names | None = None
+    task: _Name | _Patterns | None = None
     status: _Name | _Names | None = None
     user: _Name | _Names | None = None
     since: str | None = None
@@ -164,20 +168,19 @@ class _Subscribe(Struct, forbid_unknown_fields=True):
 class Filter:
     """Which runs a client wants to hear of: all conditions must hold, of each one value is enough; None: any.
 
-    `tasks` are patterns with `*`; `since` only widens the snapshot, by runs made since then that have ended.
+    `tasks` matches their names.
     """
 
-    runs: tuple[str, ...] | None = None
-    tasks: tuple[str, ...] | None = None
-    statuses: tuple[str, ...] | None = None
-    users: tuple[str, ...] | None = None
-    since: float | None = None
+    runs: frozenset[str] | None = None
+    tasks: re.Pattern[str] | None = None
+    statuses: frozenset[str] | None = None
+    users: frozenset[str] | None = None
 
     def matches(self, run: RunRow) -> bool:
         """Whether the client wants to hear of this state of a run."""
         return (
             (self.runs is None or run.id in self.runs)
-            and (self.tasks is None or any(fnmatchcase(run.task, pattern) for pattern in self.tasks))
+            and (self.tasks is None or self.tasks.fullmatch(run.task) is not None)
             and (self.statuses is None or words_of(run).flowrra in self.statuses)
             and (self.users is None or run.subject in self.users)
         )
@@ -185,9 +188,16 @@ class Filter:
 
 @dataclass(frozen=True, slots=True)
 class Subscribe:
-    """Tell of these runs as well; with a cursor, and one run, also its events behind it."""
+    """Tell of these runs as well.
+
+    Attributes:
+      since: show ended runs that were made since then, Unix seconds.
+      run, cursor: tell the events of this run behind it.
+    """
 
     filter: Filter
+    since: float | None = None
+    run: str = ""
     cursor: sse.Cursor | None = None
 
 
@@ -253,22 +263,34 @@ def _subscribe(said: Mapping[str, Any]) -> Subscribe:
         raise Complaint("bad-message", "since: must be an RFC 3339 time in UTC, as 2026-01-31T12:00:00Z")
     statuses = _names(asked.status)
     known = sorted({word.flowrra for word in (*WORDS.values(), RETRYING)})
-    if statuses is not None and not set(statuses) <= set(known):
+    if statuses is not None and not statuses <= set(known):
         raise Complaint("bad-message", f"status: there are {', '.join(known)}")
-    chosen = Filter(_names(asked.run), _names(asked.task), statuses, _names(asked.user), since)
-    return Subscribe(chosen, None if asked.after is None else _cursor(chosen, str(asked.after)))
+    tasks = _names(asked.task)
+    runs = _names(asked.run)
+    if runs is not None:
+        runs = frozenset(parse_run_id(id) or id for id in runs)
+    chosen = Filter(runs, None if tasks is None else pattern_of(tasks), statuses, _names(asked.user))
+    if asked.after is None:
+        return Subscribe(chosen, since)
+    return Subscribe(chosen, since, *_followed(chosen, str(asked.after)))
 
 
-def _cursor(chosen: Filter, text: str) -> sse.Cursor:
+def pattern_of(names: Iterable[str]) -> re.Pattern[str]:
+    """Return what matches each of these names of tasks, where `*` stands for any characters."""
+    return re.compile("|".join(fnmatch.translate(name) for name in sorted(names)))
+
+
+def _followed(chosen: Filter, text: str) -> tuple[str, sse.Cursor]:
     if chosen.runs is None or len(chosen.runs) != 1:
         raise Complaint("bad-message", "after: needs `run`, one id; subscribe again for another run")
+    (run,) = chosen.runs
     try:
-        return sse.parse_cursor(None, {"after": text})
+        return run, sse.parse_cursor(None, {"after": text})
     except ValueError as error:
         raise Complaint("bad-cursor", str(error)) from error
 
 
-def _names(value: str | Sequence[str] | None) -> tuple[str, ...] | None:
+def _names(value: str | Sequence[str] | None) -> frozenset[str] | None:
     if value is None:
         return None
-    return (value,) if isinstance(value, str) else tuple(value)
+    return frozenset([value] if isinstance(value, str) else value)

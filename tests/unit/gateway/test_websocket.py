@@ -188,10 +188,8 @@ class TestAdmission:
         assert await self.refused(engine, "/nowhere/ws") == (404, "not-found")
 
     async def test_another_host_is_refused(self, engine: StubEngine) -> None:
-        client = Client("/ws", host="evil.example", authorization=f"Bearer {token()}")
-        await client.run(app_of(engine))
-        assert not client.accepted
-        assert client.code == 1008
+        refusal = await self.refused(engine, "/ws", host="evil.example", authorization=f"Bearer {token()}")
+        assert refusal == (421, "wrong-host")
 
     @pytest.mark.parametrize("origin", ["https://evil.example", "null", "http://testserver.evil.example", ""])
     @pytest.mark.parametrize("how", ["header", "query", "cookie"])
@@ -370,6 +368,17 @@ class TestFilters:
             change(engine, one, attempt=2)
             await client.silence()
 
+    async def test_ended_runs_of_a_snapshot_are_the_newest(
+        self, engine: StubEngine, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(conversation, "MAX_ENDED", 2)
+        monkeypatch.setattr(conversation, "PAGE", 1)
+        runs = [engine.start(status=RunStatus.FAILED) for _ in range(4)]
+        async with connected(engine) as client:
+            client.say({"type": "subscribe", "since": "2023-01-01T00:00:00Z"})
+            assert [id for id, _ in await client.states(2)] == [runs[3].id, runs[2].id]
+            assert await client.next() == [{"type": "subscribed"}]
+
     async def test_there_is_a_limit(self, engine: StubEngine) -> None:
         async with connected(engine, "/ws") as client:
             await client.next()
@@ -425,7 +434,10 @@ class TestEvents:
         async with connected(engine, "/ws") as client:
             for cursor in ("0", "now"):
                 client.say({"type": "subscribe", "run": run.id, "after": cursor})
-            await client.until(lambda: len(client.messages) == 6)
+                await trio.testing.wait_all_tasks_blocked()
+            assert (
+                len(client.messages) == 6
+            )  # subscribed; an update, the event, subscribed; the first and last again
             assert engine.hub.subscribers(run.no) == 1
             engine.emit(run, ("b", {}))
             await client.until(lambda: len(client.messages) == 7)
