@@ -34,7 +34,7 @@ from gateway.submission import Catalogue
 from taskkit import failpoints, linux
 from taskkit.channel import Channel
 from taskkit.errors import RemoteWireError
-from taskkit.settings import Settings, load_settings
+from taskkit.settings import LimitSettings, Settings, load_settings
 from taskkit.tokens import load_or_create_key
 from taskkit.wire.messages import (
     Beat,
@@ -216,13 +216,27 @@ async def _live(
         channel.send(Stopped())
 
 
+def serve_limits(limits: LimitSettings) -> ServeLimits:
+    """Return the bounds of the server that are settings."""
+    return ServeLimits(
+        connections=limits.connections,
+        accepts_per_second=limits.accepts_per_second,
+        write_seconds=limits.write_seconds,
+        headers_seconds=limits.headers_seconds,
+        body_seconds=limits.body_seconds + 1.0,  # the application answers 408 before the connection ends
+        header_bytes=limits.header_bytes,
+        message_bytes=limits.message_bytes,
+        send_buffer=limits.send_buffer_bytes,
+    )
+
+
 class _Service:
     """The HTTP server, with its end."""
 
     def __init__(self, app: ASGIApp, listener: socket.socket, settings: Settings) -> None:
         self._app = app
         self._listener = listener
-        self._limits = ServeLimits(connections=settings.limits.connections)
+        self._limits = serve_limits(settings.limits)
         self._shutdown = trio.Event()
         self._over = trio.Event()
 

@@ -22,6 +22,7 @@ from gateway.granting import Granting
 from gateway.keeping import Keeping
 from gateway.leaving import watched
 from gateway.operating import Operating
+from gateway.reach import limit_to_reach, reaches
 from gateway.reading import (
     Parameters,
     Refusal,
@@ -41,7 +42,7 @@ from gateway.submitting import Submitting
 from taskkit.errors import Forbidden, InvalidArguments, UnknownTask
 from taskkit.identifiers import parse_run_id
 from taskkit.lifecycle import Ending, RunStatus
-from taskkit.tokens import OWN, Claims
+from taskkit.tokens import Claims
 
 #: Lines of output shown with an attempt that ended badly, and the newest such attempts that get them.
 TAIL_LINES: Final = 20
@@ -98,7 +99,7 @@ class Api:
         claims = (await self._authenticator.admit(request, "read")).claims
         which = self._filter(request)
         limit, which.limit = which.limit, which.limit + 1
-        _limit_to_reach(which, claims)
+        limit_to_reach(which, claims)
         nothing = which.owner is None and which.ids == () and which.tasks == ()
         runs = [] if nothing else await self._engine.store.runs(which)
         following = page_cursor(runs[limit - 1].no) if len(runs) > limit else None
@@ -203,7 +204,7 @@ class Api:
         """Ask a run to stop: 202 with the snapshot, 409 when it has finished."""
         claims = self._authenticator.require(request, "cancel")
         Parameters(request, ())
-        grace = _grace(await read_object(request, self._engine.settings.limits.body_bytes))
+        grace = _grace(await read_object(request, self._engine.settings.limits))
         run = await self._visible(request, claims)
         run = await self._engine.cancel(run, grace)
         return answer(await self._snapshot(run, claims), 202)
@@ -212,7 +213,7 @@ class Api:
         """Return the run in the path; one beyond the token's reach is as unknown as one that is not there."""
         id = parse_run_id(request.path_params["id"])
         run = None if id is None else await self._engine.store.run(id)
-        if run is None or not claims.sees_run(run.id, run.task, run.subject):
+        if run is None or not reaches(claims, run):
             raise Refusal("unknown-run", "there is no such run, or the token does not reach it")
         return run
 
@@ -367,17 +368,6 @@ async def _answers(store: Store) -> bool:
 def _left(claims: Claims) -> float:
     """Return the seconds that a token is still valid."""
     return max(0.0, claims.expires_at - time.time())
-
-
-def _limit_to_reach(which: RunFilter, claims: Claims) -> None:
-    """Have a list show only what the token reaches; see Claims.sees_run."""
-    if claims.runs == "*":
-        return
-    which.tasks = claims.tasks
-    if claims.runs == OWN:
-        which.owner, which.ids = claims.subject or None, ()
-    else:
-        which.ids = tuple(sorted(claims.runs))
 
 
 def _sees_task(claims: Claims, name: str) -> bool:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from starlette.applications import Starlette
 from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
-from starlette.types import ASGIApp
+from starlette.routing import BaseRoute
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from gateway.api import Api
 from gateway.auth import Authenticator, HostGuard, TicketCookies
@@ -17,6 +19,7 @@ from gateway.retention import Retention
 from gateway.script import Script
 from gateway.seed import SeedRoutes
 from gateway.sessions import TooManyStreams, on_too_many_streams
+from gateway.websocket import Sockets
 
 
 def build_app(engine: Engine, authenticator: Authenticator, retention: Retention) -> ASGIApp:
@@ -25,16 +28,18 @@ def build_app(engine: Engine, authenticator: Authenticator, retention: Retention
     The guards are plain ASGI: Starlette's BaseHTTPMiddleware puts a queue into every response, which hides a
     client's leaving from a stream.
     """
-    routes = [
+    routes: list[BaseRoute] = [
         *Api(engine, authenticator, retention).routes(),
         *SeedRoutes(engine, authenticator).routes(),
         *Script().routes(),
+        *Sockets(engine, authenticator).routes(),
     ]
     handlers = {**exception_handlers, Refusal: on_refusal, TooManyStreams: on_too_many_streams}
     inner = Starlette(routes=routes, exception_handlers=handlers)
     # A path with a slash too many is unknown, like any other; a redirect is one more shape for clients to
     # handle.
     inner.router.redirect_slashes = False
+    inner.router.default = _unknown
     app: ASGIApp = inner
     if engine.settings.cors_origins:
         app = _with_cors(app, engine.settings.cors_origins)
@@ -54,6 +59,11 @@ class _Cors(CORSMiddleware):
         }
         detail = bytes(response.body).decode().replace("Disallowed CORS", "not allowed across origins:")
         return problem(None, "cors", f"{detail}; see CORS_ORIGINS", headers=kept)
+
+
+async def _unknown(scope: Scope, receive: Receive, send: Send) -> None:
+    """Answer 404, also to a WebSocket, for which Starlette has a bare 403."""
+    raise HTTPException(404)
 
 
 def _with_cors(app: ASGIApp, origins: list[str]) -> ASGIApp:

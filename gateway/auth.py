@@ -15,7 +15,6 @@ from typing import Final, Protocol
 
 from starlette.requests import HTTPConnection
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
-from starlette.websockets import WebSocketClose
 
 from gateway import cookies
 from gateway.failures import Failures, address_of
@@ -126,6 +125,11 @@ class Authenticator:
         if claims.expires_at <= time.time():
             raise TokenError("expired", "the token has expired")
 
+    def verify(self, connection: HTTPConnection, text: str) -> Claims:
+        """Return the claims of a token that came in a message. Raises as `claims` does."""
+        with self._counting(connection):
+            return self._verified(text)
+
     async def admit(
         self, connection: HTTPConnection, action: str | None = None, *, query_token: bool = False
     ) -> Admission:
@@ -218,16 +222,21 @@ class Authenticator:
                 raise TooManyFailures(wait) from None
             raise
 
+    def knows_origin(self, request: HTTPConnection) -> bool:
+        """Whether a page that sends this may have an answer: no page of another site, unless CORS_ORIGINS has it."""
+        origin = request.headers.get("origin")
+        # Absent on same-origin GETs and on navigation, which shows its result to nobody else. A browser's WebSocket
+        # always sends it (RFC 6455 §4.1), and no CORS protects that one: this comparison does.
+        if origin is None or _is_same_origin(origin, request):
+            return True
+        return not self.cors_origins.isdisjoint({origin, "*"})
+
     def _against_cookie(self, request: HTTPConnection) -> str:
         """Return why a cookie does not count here, with the remedy; "" when it does."""
         if _method(request) not in _COOKIE_METHODS:
             return "a cookie counts for GET and HEAD only; send a Bearer token"
         origin = request.headers.get("origin")
-        # Absent on same-origin GETs and on navigation, which shows its result to nobody else. A browser's WebSocket
-        # always sends it (RFC 6455 §4.1), and no CORS protects that one: this comparison does.
-        if origin is None or origin in self.cors_origins:
-            return ""
-        if origin.partition("://")[2].lower() == cookies.host(request):
+        if origin is None or origin in self.cors_origins or _is_same_origin(origin, request):
             return ""
         return f"origin {origin[:200]!r} is not in CORS_ORIGINS; add it, or send a Bearer token"
 
@@ -247,6 +256,10 @@ def _allowing(claims: Claims, action: str) -> Claims:
     if not claims.may(action):
         raise Forbidden(f"the token does not allow {action!r}")
     return claims
+
+
+def _is_same_origin(origin: str, request: HTTPConnection) -> bool:
+    return origin.partition("://")[2].lower() == cookies.host(request)
 
 
 def _bearer(headers: list[str]) -> str:
@@ -336,8 +349,6 @@ class HostGuard:
         host = host_of(headers[0].decode("latin-1")) if len(headers) == 1 else None
         if host is not None and is_allowed_host(host, self.allowed_hosts):
             return None
-        if scope["type"] == "websocket":
-            return WebSocketClose(1008)
         if host is None:
             return problem(None, "bad-host", "the Host header is malformed", instance=scope["path"])
         return problem(

@@ -22,7 +22,6 @@ import logging
 import math
 import socket
 import struct
-from collections import deque
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, cast
@@ -37,7 +36,8 @@ from hypercorn.typing import ASGIReceiveEvent, ASGISendEvent, ConnectionState, S
 from hypercorn.utils import parse_socket_addr
 from starlette.types import ASGIApp, Message
 
-from gateway import heads, problems
+from gateway import handshake, heads, problems, upgrade
+from gateway.inbox import Inbox
 from taskkit import linux
 
 logger = logging.getLogger(__name__)
@@ -47,9 +47,6 @@ RECEIVE: Final = 64 * 1024
 
 #: Bytes parsed at a time.
 PIECE: Final = 4 * 1024
-
-#: Parts of a request's body that wait for the application: 8 of at most RECEIVE bytes are half a megabyte.
-INBOX: Final = 8
 
 #: Seconds to go on reading after an answer that came before the end of its request. A socket closed with
 #: unread bytes in it sends RST, which can overtake the answer (RFC 9112 §9.6). nginx's lingering_timeout is
@@ -69,10 +66,12 @@ class ServeLimits:
       connections: at once; what comes beyond gets 503. Also never more than three quarters of
         RLIMIT_NOFILE, so that the store and the runners' pipes keep descriptors to work with.
       write_seconds: a write that makes no progress for so long ends its connection with RST.
-      keep_alive_seconds: for a request's head to arrive complete, on a new connection or after an answer.
+      accepts_per_second: new connections; more wait in the backlog. A second's worth may come at once.
+      headers_seconds: for a request's head to arrive complete, on a new connection or after an answer.
         Longer than hypercorn's 5, so that a client polling every 10 s keeps its connection.
       body_seconds: between two pieces of a request's body, while the application waits for them.
       header_bytes: of a request's head; more is answered 431.
+      message_bytes: of a WebSocket message from a client; more ends its connection with 1009.
       send_buffer: SO_SNDBUF of a connection. The kernel doubles it, and it bounds what a client that does not
         read can make us hold; 128 KiB fill 10 Mbit/s at 100 ms round trip.
 
@@ -81,10 +80,12 @@ class ServeLimits:
     """
 
     connections: int = 10_000
+    accepts_per_second: int = 200
     write_seconds: float = 10.0
-    keep_alive_seconds: float = 15.0
+    headers_seconds: float = 15.0
     body_seconds: float = 30.0
     header_bytes: int = 16 * 1024
+    message_bytes: int = 64 * 1024
     send_buffer: int = 128 * 1024
 
 
@@ -135,52 +136,14 @@ def reset(sock: trio.socket.SocketType) -> None:
     sock.close()
 
 
-class _Inbox:
-    """What the application of one request receives: bounded, but a disconnect always fits.
+class _Http1(H11Protocol):
+    """hypercorn's HTTP/1 without the doors to HTTP/2 and to its own WebSocket, with problem documents for errors.
 
-    hypercorn's memory channel takes the disconnect as its 11th message and so blocks the sender, which may
-    be the application itself inside its own final send.
+    Attributes:
+      upgrading: the request for a WebSocket with which HTTP ends here, once there was one.
     """
 
-    def __init__(self) -> None:
-        self._parts: deque[ASGIReceiveEvent] = deque()
-        self._disconnected: ASGIReceiveEvent | None = None
-        self._finished = False
-        self._changed = trio.lowlevel.ParkingLot()
-
-    async def put(self, event: ASGIReceiveEvent) -> None:
-        """Add `event`; wait while the inbox is full, unless the application is through."""
-        if event["type"] == "http.disconnect":
-            self._disconnected = event
-        else:
-            while len(self._parts) >= INBOX and not self._finished:
-                await self._changed.park()
-            if not self._finished:
-                self._parts.append(event)
-        self._changed.unpark_all()
-
-    async def receive(self) -> Message:
-        """Return the next part; after the last one wait for the disconnect, then return that for ever."""
-        if self._parts or self._disconnected is not None:
-            # What is there is handed out even under a cancelled scope: Starlette's `is_disconnected` asks so.
-            await trio.lowlevel.cancel_shielded_checkpoint()
-        while not self._parts and self._disconnected is None:
-            await self._changed.park()
-        if not self._parts:
-            return cast("Message", self._disconnected)
-        part = self._parts.popleft()
-        self._changed.unpark_all()
-        return cast("Message", part)
-
-    def finish(self) -> None:
-        """Take nothing more: the application has returned."""
-        self._finished = True
-        self._parts.clear()
-        self._changed.unpark_all()
-
-
-class _Http1(H11Protocol):
-    """hypercorn's HTTP/1 without the doors to HTTP/2 and WebSocket, with problem documents for errors."""
+    upgrading: h11.Request | None = None
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
@@ -202,18 +165,25 @@ class _Http1(H11Protocol):
         if status is not None or plain is None:
             await self._refuse(400 if status is None else status)
             return
-        # A server may ignore an upgrade (RFC 9110 §7.8); the application answers the plain request. So no byte reaches
-        # hypercorn's WSStream, which an early frame or a header that is not ASCII crashes.
+        if handshake.is_asked_for(plain):
+            if complaint := handshake.complaint(plain):
+                await self._refuse(*complaint)
+            else:
+                self.upgrading = plain
+            return
+        # A server may ignore another upgrade (RFC 9110 §7.8); the application answers the plain request. So no byte
+        # reaches hypercorn's WSStream, which an early frame or a header that is not ASCII crashes.
         await super()._create_stream(heads.without(plain, b"upgrade"))
 
-    async def _refuse(self, status_code: int) -> None:
-        await self._send_error_response(status_code)
+    async def _refuse(self, status_code: int, detail: str = "") -> None:
+        await self._send_error_response(status_code, detail)
         await self.send(Closed())
 
-    async def _send_error_response(self, status_code: int) -> None:
-        code = problems.code_of(status_code)
-        body = problems.document(status_code, code, "the request does not follow HTTP/1.1, or not our limits")
+    async def _send_error_response(self, status_code: int, detail: str = "") -> None:
+        detail = detail or "the request does not follow HTTP/1.1, or not our limits"
+        body = problems.document(status_code, problems.code_of(status_code), detail)
         headers = [
+            *(handshake.OFFER if status_code == 426 else ()),
             (b"content-type", problems.MEDIA_TYPE.encode()),
             (b"content-length", str(len(body)).encode()),
             (b"connection", b"close"),
@@ -232,6 +202,11 @@ class _Http1(H11Protocol):
     def awaits_body(self) -> bool:
         """Whether more of the request's body is to come."""
         return self.connection.their_state is h11.SEND_BODY
+
+    @property
+    def unparsed(self) -> bytes:
+        """What came behind the request with which HTTP ended."""
+        return self.connection.trailing_data[0]
 
 
 class Connection:
@@ -264,7 +239,7 @@ class Connection:
         self._is_fresh = True
         self._broken = False
         self._closed = False
-        self._reading = trio.CancelScope(deadline=trio.current_time() + limits.keep_alive_seconds)
+        self._reading = trio.CancelScope(deadline=trio.current_time() + limits.headers_seconds)
         self._writing = trio.Lock()
         self._client: tuple[str, int] | None = None
 
@@ -280,6 +255,8 @@ class Connection:
                 self._nursery = nursery
                 self._protocol = self._new_protocol(server)
                 await self._read()
+                if self._protocol.upgrading is not None and not self._reading.cancel_called:
+                    await self._serve_websocket(self._protocol.upgrading, server)
                 await self._protocol.handle(Closed())
             await self._linger()
         finally:
@@ -327,12 +304,18 @@ class Connection:
         with self._reading, contextlib.suppress(OSError, trio.ClosedResourceError):
             while data := await self._socket.recv(RECEIVE):
                 self._is_fresh = False
-                while data:
-                    # In small pieces: 64 KiB of one-byte chunks keep the parser, and so everybody, busy for 150 ms.
-                    for start in range(0, len(data), PIECE):
-                        await self._feed(data[start : start + PIECE])
-                    data = bytes(self._ahead)
-                    self._ahead.clear()
+                self._ahead += data
+                while self._ahead:
+                    await self._feed(self._next_piece())
+                    if self._protocol.upgrading is not None:
+                        self._ahead[:0] = self._protocol.unparsed
+                        return
+
+    def _next_piece(self) -> bytes:
+        """Take a small piece: 64 KiB of one-byte chunks keep the parser, and so everybody, busy for 150 ms."""
+        piece = bytes(self._ahead[:PIECE])
+        del self._ahead[:PIECE]
+        return piece
 
     async def _feed(self, data: bytes) -> None:
         """Hand `data` to the protocol; while it cannot take them, read ahead to notice a disconnect.
@@ -361,8 +344,9 @@ class Connection:
         self._reading.cancel()
 
     async def _linger(self) -> None:
-        """After our end of file, wait for the client's, if it has sent more than was read."""
-        if not self._closed or not (self._protocol.has_unread_request or self._ahead):
+        """After our end of file, wait for the client's, if it has sent more than was read, or may have."""
+        unread = self._protocol.has_unread_request or self._ahead or self._protocol.upgrading
+        if self._broken or not (self._closed and unread):
             return
         with trio.move_on_after(LINGER), contextlib.suppress(OSError, trio.ClosedResourceError):
             while await self._socket.recv(RECEIVE):
@@ -378,14 +362,21 @@ class Connection:
         send: Callable[[ASGISendEvent | None], Awaitable[None]],
     ) -> Callable[[ASGIReceiveEvent], Awaitable[None]]:
         """Start the application for one request; return what takes its events. hypercorn calls this."""
-        inbox = _Inbox()
+        inbox = Inbox()
         assert scope["type"] == "http"
-        scope["state"]["peer"] = Peer(self._socket, self._client, scope["http_version"], self._write)
+        scope["state"]["peer"] = Peer(self._socket, self._client, scope["http_version"], self.write)
         self._nursery.start_soon(self._perform, scope, inbox, send)
-        return inbox.put
+
+        async def put(event: ASGIReceiveEvent) -> None:
+            if event["type"] == "http.disconnect":
+                inbox.disconnect(cast("Message", event))
+            else:
+                await inbox.put(cast("Message", event))
+
+        return put
 
     async def _perform(
-        self, scope: Any, inbox: _Inbox, send: Callable[[ASGISendEvent | None], Awaitable[None]]
+        self, scope: Any, inbox: Inbox, send: Callable[[ASGISendEvent | None], Awaitable[None]]
     ) -> None:
         try:
             await self._app(scope, inbox.receive, cast("Any", send))
@@ -401,12 +392,52 @@ class Connection:
             inbox.finish()
             await send(None)
 
+    async def _serve_websocket(self, request: h11.Request, server: tuple[str, int] | None) -> None:
+        """Serve what is a WebSocket from here on, if the application accepts it."""
+        self._reading = trio.CancelScope()
+        peer = Peer(self._socket, self._client, "1.1", self.write)
+        session = upgrade.Session(
+            self._app,
+            request,
+            upgrade.scope_of(
+                request,
+                client=self._client,
+                server=server,
+                root_path=self._config.root_path,
+                state={**self._state, "peer": peer},
+            ),
+            http=cast("h11.Connection", self._protocol.connection),
+            line=self,
+            reading=self._reading,
+            headers=self._config.response_headers("h11"),
+            message_bytes=self._limits.message_bytes,
+        )
+        self._nursery.start_soon(session.perform)
+        with self._reading:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._read_ahead)  # notices a client that does not wait for the answer
+                await session.answered.wait()
+                nursery.cancel_scope.cancel()
+            if session.accepted:
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(session.keep_alive)
+                    await session.listen(self._next_frames)
+                    nursery.cancel_scope.cancel()
+        session.end()
+        await self._send(Closed())
+
+    async def _next_frames(self) -> bytes:
+        if self._ahead:
+            await trio.lowlevel.checkpoint()
+            return self._next_piece()
+        return await self._socket.recv(PIECE)
+
     # -- out -----------------------------------------------------------------------------------------------
 
     async def _send(self, event: Event) -> None:
         """Do what the protocol wants: write, close, or arm the idle timer. Only a write has a checkpoint."""
         if isinstance(event, RawData):
-            await self._write(event.data)
+            await self.write(event.data)
         elif isinstance(event, Closed):
             self._closed = True
             with contextlib.suppress(OSError):
@@ -414,10 +445,10 @@ class Connection:
             self._reading.cancel()
         elif isinstance(event, Updated):
             self._idle = event.idle
-            wait = self._limits.keep_alive_seconds if event.idle else math.inf
+            wait = self._limits.headers_seconds if event.idle else math.inf
             self._reading.deadline = trio.current_time() + wait
 
-    async def _write(self, data: bytes | memoryview) -> None:
+    async def write(self, data: bytes | memoryview) -> None:
         """Write all of `data`, or give the connection up.
 
         Shielded, since half a chunk would spoil the stream, and h11 believes already that these bytes are

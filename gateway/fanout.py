@@ -4,7 +4,7 @@ One shared ring of rendered events per followed run; a subscriber is a position 
 idle one costs the same however much the run says. What has left the ring is in the store, and both are read
 with the same cursor: between history and live there is no seam.
 
-Rule: everything but `Subscription.wait` is synchronous and never raises; the engine calls it between two
+Rule: everything but what waits is synchronous and never raises; the engine calls it between two
 commits.
 """
 
@@ -215,6 +215,7 @@ class Hub:
         self._published = 0
         self.closing = False
         self.farewell = FAREWELL
+        self._closing_lot = trio.lowlevel.ParkingLot()
 
     def opened(self, run: int, tail: int) -> None:
         """An open run exists: it was accepted, or found at start with newest offset `tail`."""
@@ -283,6 +284,14 @@ class Hub:
         for state in self._runs.values():
             state.wake()
         self.broadcast.end()
+        self._closing_lot.unpark_all()
+
+    async def wait_closing(self) -> None:
+        """Return when the gateway shuts down. Waits without a limit of its own; cancelling it has no effect."""
+        if self.closing:
+            await trio.lowlevel.checkpoint()
+        else:
+            await self._closing_lot.park()
 
     def attach(self, run: int, epoch: int = 0) -> Subscription:
         """Return a subscription to the run with this number, open or not; use it as a context manager.

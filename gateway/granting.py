@@ -14,6 +14,7 @@ from starlette.routing import Route
 from gateway.auth import Authenticator
 from gateway.face import Engine
 from gateway.grants import Revocation, TooManyRevocations
+from gateway.reach import reaches
 from gateway.reading import Parameters, Refusal, read_object
 from gateway.resource import Resource, answer
 from gateway.snapshot import API, rfc3339
@@ -61,7 +62,7 @@ class Granting:
         """Swap a Bearer token for a ticket that allows as much, or less: 201. What it may open is not more."""
         claims = self._authenticator.claims(request)
         Parameters(request, ())
-        wish = _wish(await read_object(request, self._engine.settings.limits.body_bytes))
+        wish = _wish(await read_object(request, self._engine.settings.limits))
         now = time.time()
         granted = await self._narrowed(claims, wish)
         session = min(wish.session, claims.expires_at - now)
@@ -109,7 +110,7 @@ class Granting:
             return runs
         for id in runs:
             run = await self._engine.store.run(id)
-            if run is None or not claims.sees_run(run.id, run.task, run.subject):
+            if run is None or not reaches(claims, run):
                 raise Refusal("unknown-run", f"there is no run {id}, or the token does not reach it")
         return frozenset(runs)
 
@@ -120,7 +121,7 @@ class Granting:
         """
         self._authenticator.require(request, "operate")
         Parameters(request, ())
-        body = await read_object(request, self._engine.settings.limits.body_bytes)
+        body = await read_object(request, self._engine.settings.limits)
         revocation = _revocation(body, time.time())
         try:
             await self._engine.revoke(revocation)

@@ -32,7 +32,7 @@ class Keeping:
         """
         self._authenticator.require(request, "operate")
         Parameters(request, ())
-        body = await read_object(request, self._engine.settings.limits.body_bytes)
+        body = await read_object(request, self._engine.settings.limits)
         if body:
             raise Refusal("bad-request", "a vacuum has no options: send no body, or {}")
         found = await self._retention.vacuum(SECONDS)

@@ -23,7 +23,7 @@ class Operating:
         """Refuse who may not, and whatever a body says: nothing of it would have an effect."""
         self._authenticator.require(request, "operate")
         Parameters(request, ())
-        if await read_object(request, self._engine.settings.limits.body_bytes):
+        if await read_object(request, self._engine.settings.limits):
             raise Refusal("bad-request", "this request takes no body")
 
     async def kill_runner(self, request: Request) -> Response:

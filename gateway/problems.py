@@ -16,7 +16,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Final, NamedTuple
 
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import ClientDisconnect, HTTPConnection, Request
 from starlette.responses import Response
 
 from gateway.store.protocol import StoreError
@@ -63,6 +63,7 @@ CODES: Final[Mapping[str, Code]] = {
     "token-revoked": Code(401, "Token was revoked"),
     "forbidden": Code(403, "Forbidden"),
     "cors": Code(403, "Not allowed across origins"),
+    "wrong-origin": Code(403, "Origin is not served here"),
     # 404 … 431: the thing asked for
     "not-found": Code(404, "Not found"),
     "unknown-run": Code(404, "Run not found"),
@@ -80,6 +81,7 @@ CODES: Final[Mapping[str, Code]] = {
     "too-large": Code(413, "Body too large"),
     "unsupported-media-type": Code(415, "Unsupported media type"),
     "wrong-host": Code(421, "Host is not served here"),
+    "upgrade-required": Code(426, "WebSocket needed"),
     "invalid-submission": Code(422, "Submission is invalid"),
     "invalid-arguments": Code(422, "Arguments do not fit the task"),
     "queue-full": Code(429, "Queue is full"),
@@ -105,6 +107,7 @@ _BY_STATUS: Final[Mapping[int, str]] = {
     406: "not-acceptable",
     413: "too-large",
     415: "unsupported-media-type",
+    426: "upgrade-required",
     431: "headers-too-large",
     500: "internal",
     501: "not-implemented",
@@ -219,12 +222,17 @@ async def _on_token_error(request: Request, error: Exception) -> Response:
     return from_token_error(error, request.url.path)
 
 
+def _asked(request: HTTPConnection) -> str:
+    """Return what was asked for, without the query, which may hold a token. A WebSocket begins with a GET."""
+    return f"{request.scope.get('method', 'GET')} {request.url.path}"
+
+
 async def _on_http_exception(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     code = code_of(error.status_code)
     # Starlette's own detail is only the status's phrase once more.
     told = error.detail != http.client.responses.get(error.status_code)
-    detail = error.detail if told else f"{request.method} {request.url.path}"
+    detail = error.detail if told else _asked(request)
     return problem(error.status_code, code, detail, instance=request.url.path, headers=error.headers)
 
 
@@ -233,7 +241,7 @@ async def _on_lifecycle_error(request: Request, error: Exception) -> Response:
 
 
 async def _on_store_error(request: Request, error: Exception) -> Response:
-    logger.warning("the store does not answer %s %s: %s", request.method, request.url.path, error)
+    logger.warning("the store does not answer %s: %s", _asked(request), error)
     return problem(
         None,
         "not-writable",

@@ -19,10 +19,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from gateway.problems import problem
-
-#: Seconds for a whole body. 1 MiB in that time is 35 KB/s, slower than any line worth serving; without a
-#: limit a client that sends a byte a minute would hold its connection for ever (Slowloris).
-BODY_SECONDS: Final = 30.0
+from taskkit.settings import LimitSettings
 
 #: A query parameter that any GET may have: what lets a browser in (gateway.auth).
 TICKET: Final = "ticket"
@@ -65,7 +62,7 @@ async def on_refusal(request: Request, error: Exception) -> Response:
     )
 
 
-async def read_object(request: Request, max_bytes: int) -> dict[str, Any]:
+async def read_object(request: Request, limits: LimitSettings) -> dict[str, Any]:
     """Return the JSON object in the request's body; an absent body is an empty object.
 
     Raises:
@@ -74,20 +71,21 @@ async def read_object(request: Request, max_bytes: int) -> dict[str, Any]:
     """
     if request.headers.get("content-length") == "0":
         return {}
-    body = await read_body_of_json(request, max_bytes)
+    body = await read_body_of_json(request, limits)
     return parse_object(body) if body else {}
 
 
-async def read_body_of_json(request: Request, max_bytes: int) -> bytes:
+async def read_body_of_json(request: Request, limits: LimitSettings) -> bytes:
     """Return the body of a request that says it is JSON, or says nothing.
 
     Raises:
-      Refusal: 415, 413 (as soon as it is too long, or announced so), 408 after BODY_SECONDS. The client's
-      fault. ClientDisconnect: the client left within its body.
+      Refusal: 415, 413 (as soon as it is too long, or announced so), 408 after LIMITS.body_seconds: who sends a
+        byte a minute would hold a connection for ever (Slowloris). The client's fault.
+      ClientDisconnect: the client left within its body.
     """
     _check_type(request)
-    _check_length(request, max_bytes)
-    return await _read_body(request, max_bytes)
+    _check_length(request, limits.body_bytes)
+    return await _read_body(request, limits)
 
 
 def _check_type(request: Request) -> None:
@@ -119,19 +117,19 @@ def _too_large(max_bytes: int) -> Refusal:
     )
 
 
-async def _read_body(request: Request, max_bytes: int) -> bytes:
+async def _read_body(request: Request, limits: LimitSettings) -> bytes:
     body = bytearray()
-    with trio.move_on_after(BODY_SECONDS) as scope:
+    with trio.move_on_after(limits.body_seconds) as scope:
         # Closed at once when it is left early: trio warns of generators that only the collector ends.
         async with aclosing(request.stream()) as chunks:
             async for chunk in chunks:
                 body += chunk
-                if len(body) > max_bytes:
-                    raise _too_large(max_bytes)
+                if len(body) > limits.body_bytes:
+                    raise _too_large(limits.body_bytes)
     if scope.cancelled_caught:
         raise Refusal(
             "bad-request",
-            f"the body did not arrive within {BODY_SECONDS:g} seconds",
+            f"the body did not arrive within LIMITS.body_seconds = {limits.body_seconds:g}",
             status=408,
             headers={"Connection": "close"},
         )

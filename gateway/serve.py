@@ -37,6 +37,9 @@ ACCEPT_COMPLAINT: Final = 10.0
 #: store's readers, of large messages. A runner's ends that find no room cost the gateway its life.
 RESERVE: Final = 64
 
+#: Seconds' worth of connections that may come at once: a page opens six, a restart brings back hundreds.
+BURST_SECONDS: Final = 1.0
+
 #: Clients above the cap that are told so at the same time; further ones get RST without a word.
 REFUSALS: Final = 64
 
@@ -92,6 +95,22 @@ async def serve(
             nursery.cancel_scope.cancel()
 
 
+class _Pace:
+    """So many connections per second, with a burst: what comes faster waits in the backlog and is refused by nobody.
+
+    Each costs a task, a parser, and with a token its verification; a flood of them must leave time for the streams.
+    """
+
+    def __init__(self, per_second: int) -> None:
+        self._interval = 1 / per_second
+        self._due = -BURST_SECONDS
+
+    def take(self, now: float) -> float:
+        """Count one connection; return seconds until there is room for the next."""
+        self._due = max(self._due, now - BURST_SECONDS) + self._interval
+        return max(0.0, self._due - now)
+
+
 class _Server:
     """The connections of one `serve` call."""
 
@@ -103,6 +122,7 @@ class _Server:
         self._config = _config(limits)
         self._context = WorkerContext(None)
         self._room = _room(limits.connections)
+        self._pace = _Pace(limits.accepts_per_second)
         self._open: set[Connection] = set()
         self._refusing: set[trio.socket.SocketType] = set()
         self._gone = trio.Event()
@@ -151,6 +171,8 @@ class _Server:
                 await trio.sleep(self._pause_after(error))
             else:
                 self._admit(sock)
+                if wait := self._pace.take(trio.current_time()):
+                    await trio.sleep(wait)
 
     def _pause_after(self, error: OSError) -> float:
         if error.errno not in _NO_DESCRIPTOR:

@@ -76,6 +76,14 @@ class Session:
         if self.ended.is_set():
             notice()
 
+    def change(self, claims: Claims) -> None:
+        """Go on with another token.
+
+        Raises:
+          TooManyStreams: that one has as many as it may; nothing has changed.
+        """
+        self._sessions.change(self, claims)
+
     def end(self) -> None:
         """Tell the stream to end."""
         self.ended.set()
@@ -107,12 +115,22 @@ class Sessions:
 
     def add(self, session: Session) -> None:
         """Count a session. Raises TooManyStreams."""
-        key = _key(session.claims)
-        if len(self._open.get(key, ())) >= self._limit:
-            raise TooManyStreams(self._limit)
-        self._open.setdefault(key, set()).add(session)
+        self._check_room(session.claims)
+        self._open.setdefault(_key(session.claims), set()).add(session)
         if self._is_revoked(session.claims):
             session.end()
+
+    def change(self, session: Session, claims: Claims) -> None:
+        """Count a session for another token. Raises TooManyStreams."""
+        if _key(claims) != _key(session.claims):
+            self._check_room(claims)
+            self.remove(session)
+            self._open.setdefault(_key(claims), set()).add(session)
+        session.claims = claims
+
+    def _check_room(self, claims: Claims) -> None:
+        if len(self._open.get(_key(claims), ())) >= self._limit:
+            raise TooManyStreams(self._limit)
 
     def remove(self, session: Session) -> None:
         """Count it no longer."""

@@ -12,6 +12,7 @@ from starlette.responses import Response
 
 from gateway.auth import Authenticator
 from gateway.face import Engine
+from gateway.reach import reaches
 from gateway.reading import Refusal, parse_object, read_body_of_json, read_object
 from gateway.resource import answer
 from gateway.snapshot import accepted, urls
@@ -60,7 +61,7 @@ class Submitting:
         """Serve POST /api/v1/runs."""
         claims = self._authenticator.require(request, "submit")
         key = _idempotency_key(request)
-        data = await read_body_of_json(request, self._engine.settings.limits.body_bytes)
+        data = await read_body_of_json(request, self._engine.settings.limits)
         body, submission = await self._parse(data, claims, key)
         failpoints.hit("accept.asked")
         with _retry_hints(submission):
@@ -77,7 +78,7 @@ class Submitting:
         """Serve POST /api/v1/runs/{id}/replay: an ended run is performed again, as a new one."""
         claims = self._authenticator.require(request, "submit")
         key = _idempotency_key(request)
-        body = await read_object(request, self._engine.settings.limits.body_bytes)
+        body = await read_object(request, self._engine.settings.limits)
         old = await self._ended_run(request.path_params["id"], claims)
         submission = replay_of(
             old,
@@ -97,7 +98,7 @@ class Submitting:
     async def _ended_run(self, text: str, claims: Claims) -> RunRow:
         id = parse_run_id(text)
         run = None if id is None else await self._engine.store.run(id)
-        if run is None or not (claims.may("read") and claims.sees_run(run.id, run.task, run.subject)):
+        if run is None or not (claims.may("read") and reaches(claims, run)):
             raise Refusal("unknown-run", "there is no such run, or the token does not reach it")
         self._check_reach(run.task, claims)
         if not run.status.is_terminal:

@@ -80,6 +80,13 @@ class LimitSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
       connections: at once; then 503.
       streams_per_token: open at once by one token (its `jti`, else its `sub`); then `stream.busy`, or 429.
       auth_failures: tokens from one address that were not valid within a minute; then 429 for more. 0: no limit.
+      accepts_per_second: new connections; more wait in the backlog, but for a second's worth at once.
+      headers_seconds: for a request's head to arrive, on a new connection or after an answer.
+      header_bytes: of a request's head; then 431. A token may have 8 KiB.
+      body_seconds: for a request's body to arrive; then 408.
+      write_seconds: without progress of a write to a client, which is let go then; it continues at its cursor.
+      send_buffer_bytes: that the kernel buffers for a client (SO_SNDBUF, of which it takes twice as many).
+      message_bytes: of a WebSocket message from a client; then close code 1009.
       cancel_grace_seconds: between asking a run to stop and TERM.
       kill_grace_seconds: between TERM and KILL.
       stop_grace_seconds: for open runs when the tree stops.
@@ -96,6 +103,13 @@ class LimitSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     connections: _Positive = 10_000
     streams_per_token: _Positive = 32
     auth_failures: Annotated[int, Meta(ge=0, le=1_000)] = 10
+    accepts_per_second: Annotated[int, Meta(ge=1, le=100_000)] = 200
+    headers_seconds: Annotated[float, Meta(ge=1, le=600)] = 15.0
+    header_bytes: Annotated[int, Meta(ge=4_096, le=1_048_576)] = 16_384
+    body_seconds: Annotated[float, Meta(ge=1, le=3_600)] = 30.0
+    write_seconds: Annotated[float, Meta(ge=1, le=600)] = 10.0
+    send_buffer_bytes: Annotated[int, Meta(ge=4_096, le=16_777_216)] = 131_072
+    message_bytes: Annotated[int, Meta(ge=1_024, le=16_777_216)] = 65_536
     cancel_grace_seconds: _Seconds = 5.0
     kill_grace_seconds: _Seconds = 2.0
     stop_grace_seconds: _Seconds = 10.0

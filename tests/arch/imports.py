@@ -52,6 +52,8 @@ PURE = (
     "taskkit.settings",
     "taskkit.claims",
     "gateway.sse",
+    "gateway.dialects",
+    "gateway.handshake",
     "gateway.submission",
     "gateway.arguments",
     "gateway.output",

@@ -250,6 +250,7 @@ def _selects(which: RunFilter, row: RunRow) -> bool:
         visible
         and which.status in (None, row.status)
         and which.task in (None, row.task)
+        and which.subject in (None, row.subject)
         and (which.tag is None or which.tag in row.tags)
         and (which.since is None or row.created_at >= which.since)
         and (which.until is None or row.created_at < which.until)

@@ -11,7 +11,7 @@ import pytest
 import trio
 import trio.testing
 
-from gateway.reading import BODY_SECONDS, negotiate, page_cursor, parse_page_cursor, preferred_wait
+from gateway.reading import negotiate, page_cursor, parse_page_cursor, preferred_wait
 from gateway.store.rows import AttemptRow, RunRow
 from gateway.submission import Submission
 from taskkit import tokens
@@ -226,7 +226,7 @@ async def test_a_body_that_trickles_is_408(autojump_clock: trio.testing.MockCloc
             return {"type": "http.request", "body": b" ", "more_body": True}
 
     one = Trickle(RUNS, "POST")
-    with trio.fail_after(BODY_SECONDS + 1):
+    with trio.fail_after(LimitSettings().body_seconds + 1):
         await one.run(app_of(StubEngine()))
     assert one.status == 408
 

@@ -180,8 +180,8 @@ class TestHosts:
             assert (b"content-type", b"application/problem+json") in messages[0]["headers"]
 
     async def test_the_guard_refuses_websockets(self) -> None:
-        (message,) = await self.guarded("websocket", [b"evil.example"])
-        assert message["type"] == "websocket.close"
+        start, _ = await self.guarded("websocket", [b"evil.example"])
+        assert (start["type"], start["status"]) == ("websocket.http.response.start", 421)
 
     async def test_the_guard_lets_the_lifespan_pass(self) -> None:
         assert (await self.guarded("lifespan", []))[0]["status"] == 200
