@@ -32,10 +32,9 @@ UPGRADED = 404
 
 
 @pytest.fixture(scope="module")
-def tree() -> Iterator[Tree]:
-    """Give a tree."""
-    with Tree(runners=4) as tree:
-        yield tree
+def tree(plain_tree: Tree) -> Tree:
+    """Give the tree behind the proxies."""
+    return plain_tree
 
 
 @pytest.fixture(scope="module", params=PROXIES.values(), ids=PROXIES)
