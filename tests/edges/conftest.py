@@ -8,8 +8,17 @@ import pytest
 
 from tests.e2e.conftest import _subreaper, leaves_nothing
 from tests.edges.listeners import Helper, Httpx, Listener, Sockets, browser, node
+from tests.edges.trees import edge_tree
+from tests.helpers import Tree
 
 __all__ = ["_subreaper", "leaves_nothing"]
+
+
+@pytest.fixture(scope="session")
+def plain_tree(_subreaper: None) -> Iterator[Tree]:
+    """Give a tree as it is without settings, for all tests that leave it as they found it."""
+    with edge_tree() as tree:
+        yield tree
 
 
 @pytest.fixture(scope="session")

@@ -26,6 +26,7 @@ from pathlib import Path
 import pytest
 
 from tests.edges.listeners import Helper, new_folder
+from tests.edges.trees import edge_tree
 from tests.helpers import SseEvent, Tree, eventually
 
 #: Connections that never finish a request; fewer where the machine has no descriptors for them.
@@ -206,8 +207,7 @@ def crowd_size() -> Iterator[int]:
 @pytest.fixture(scope="module")
 def tree(crowd_size: int) -> Iterator[Tree]:
     """Give a tree with room for the crowd, and for those who come beside it."""
-    limits = {"connections": crowd_size + 2000, "cancel_grace_seconds": 1.0, "stop_grace_seconds": 3.0}
-    with Tree(runners=4, env={"TASKKIT_LIMITS": json.dumps(limits)}) as tree:
+    with edge_tree({"connections": crowd_size + 2000}) as tree:
         yield tree
 
 

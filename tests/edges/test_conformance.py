@@ -19,6 +19,7 @@ import pytest
 
 from tests.edges.listeners import Heard, Helper, Listener, Listening
 from tests.edges.tap import Tap
+from tests.edges.trees import edge_tree
 from tests.helpers import Tree, eventually
 
 #: Settings, as environment, under which the whole suite has to pass.
@@ -81,6 +82,11 @@ class Case:
     closed: bool = False
     finals: tuple[bool, ...] = ()
     token: Mapping[str, Any] | str = field(default_factory=dict)
+
+    @property
+    def expires(self) -> bool:
+        """Whether the token's end is waited for, with the run standing at its gate."""
+        return isinstance(self.token, Mapping) and "ttl" in self.token
 
 
 THREE = tuple(("step", {"n": n}) for n in (1, 2, 3))
@@ -186,7 +192,7 @@ NAMES = sorted(
 def tree(request: pytest.FixtureRequest, chromium: Helper) -> Iterator[Tree]:
     """Give a tree that allows the browser's origin."""
     origins = json.dumps([chromium.said["origin"]])
-    with Tree(runners=4, env={"TASKKIT_CORS_ORIGINS": origins, **request.param}) as tree:
+    with edge_tree(TASKKIT_CORS_ORIGINS=origins, **request.param) as tree:
         yield tree
 
 
@@ -263,7 +269,7 @@ def test_every_client_sees_the_same(
         if case.live:
             for one in listening.values():
                 eventually(lambda one=one: one.opens(), 20, "a stream to open")
-        if "ttl" not in case.token:
+        if not case.expires:
             (tmp_path / "gate").touch()
         heard = {name: one.wait() for name, one in listening.items()}
     finally:

@@ -12,26 +12,17 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
-import pytest
-
 from tests.helpers import SseDecoder, SseEvent, Tree
 
 CUTS = 1000
 EVENTS = 1000
 CLIENTS = 8
 
-#: Most bytes of one connection, head included: some thirty events on average, and now and then not even the head.
-BYTES = 12_000
+#: Most bytes of one connection, head included: some fifteen events on average, and now and then not even the head.
+BYTES = 6_000
 
 #: Seconds between two events of a run that is followed while it runs.
 PAUSE = 0.001
-
-
-@pytest.fixture(scope="module")
-def tree() -> Iterator[Tree]:
-    """Give a tree."""
-    with Tree(runners=CLIENTS) as tree:
-        yield tree
 
 
 class Unchunked:
@@ -126,8 +117,9 @@ def same(events: list[SseEvent]) -> list[tuple[str, str, str]]:
     return [(event.id, event.type, event.data) for event in events]
 
 
-def test_a_thousand_cuts_lose_and_repeat_nothing(tree: Tree, seed: int) -> None:
+def test_a_thousand_cuts_lose_and_repeat_nothing(plain_tree: Tree, seed: int) -> None:
     """Half of the clients follow one run that has ended, the others runs that speak meanwhile."""
+    tree = plain_tree
     ended = tree.submit("proj.count", n=EVENTS)["id"]
     tree.wait(ended, 30)
     token = tree.token()

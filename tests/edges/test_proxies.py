@@ -32,10 +32,9 @@ UPGRADED = 404
 
 
 @pytest.fixture(scope="module")
-def tree() -> Iterator[Tree]:
-    """Give a tree."""
-    with Tree(runners=4) as tree:
-        yield tree
+def tree(plain_tree: Tree) -> Tree:
+    """Give the tree behind the proxies."""
+    return plain_tree
 
 
 @pytest.fixture(scope="module", params=PROXIES.values(), ids=PROXIES)
@@ -159,7 +158,9 @@ def test_the_gateway_hears_of_a_client_that_leaves(tree: Tree, proxy: Proxy, gat
 
 
 @pytest.mark.parametrize(
-    ("size", "status"), [(900_000, 202), (1_500_000, 413)], ids=["within", "above the gateway's limit"]
+    ("size", "status"),
+    [(900_000, 202), (1_500_000, 413), (3_000_000, 413)],
+    ids=["within", "above the gateway's limit", "above the proxy's limit"],
 )
 def test_bodies_reach_the_gateway(tree: Tree, proxy: Proxy, size: int, status: int) -> None:
     body = {"task": "proj.echo", "kwargs": {"value": "x" * size}}
