@@ -80,8 +80,12 @@ def _site(connection: HTTPConnection) -> str:
     browsers that give a third party no other. Whoever lies in these headers only spoils his own cookie.
     """
     origin = connection.headers.get("origin", "")
-    secure = "https" in (connection.url.scheme, connection.headers.get("x-forwarded-proto", ""))
-    secure = secure or origin.startswith("https://")
+    schemes = {
+        connection.url.scheme,
+        connection.headers.get("x-forwarded-proto", ""),
+        origin.partition(":")[0],
+    }
+    secure = not schemes.isdisjoint(("https", "wss"))
     if _is_cross_site(connection, origin):
         return "SameSite=None; Secure; Partitioned"
     return "SameSite=Lax; Secure" if secure else "SameSite=Lax"

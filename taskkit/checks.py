@@ -5,19 +5,20 @@
 taskkit.E001  a setting is wrong
 taskkit.E002  a StreamTask has no process()
 taskkit.E003  the tasks cannot be collected: two of one name, or options that are wrong
+taskkit.E004  TOKEN_CLAIMS names nothing that can be called
 taskkit.W001  a path in TASKKIT is relative
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from django.apps.config import AppConfig
 from django.core.checks import CheckMessage, Error, Warning, register
 from django.core.exceptions import ImproperlyConfigured
-from django.utils.module_loading import autodiscover_modules
+from django.utils.module_loading import autodiscover_modules, import_string
 
 from taskkit.conf import TaskkitImproperlyConfigured, read_settings
 from taskkit.errors import TaskkitError
@@ -30,6 +31,21 @@ def check_settings(app_configs: Sequence[AppConfig] | None, **kwargs: Any) -> li
         found = read_settings()
     except TaskkitImproperlyConfigured as error:
         return [Error(str(error), id="taskkit.E001")]
+    return [*_uncallable(found.get("TOKEN_CLAIMS")), *_relative(found)]
+
+
+def _uncallable(path: str | None) -> list[CheckMessage]:
+    try:
+        if path is None or callable(import_string(path)):
+            return []
+        reason = "it cannot be called"
+    except ImportError as error:
+        reason = str(error)
+    hint = "Name a function of a request that returns claims, for example 'reports.tokens.claims'."
+    return [Error(f"TASKKIT: TOKEN_CLAIMS = {path!r}: {reason}", hint=hint, id="taskkit.E004")]
+
+
+def _relative(found: Mapping[str, Any]) -> list[CheckMessage]:
     return [
         Warning(
             f"TASKKIT: {key} = {found[key]!r} is relative: each process may read it differently",

@@ -34,6 +34,17 @@ def test_a_relative_state_directory_is_w001() -> None:
     assert "'state'" in message
 
 
+@pytest.mark.parametrize("path", ["nowhere.claims", "taskkit.tokens.AUDIENCE", "claims"])
+def test_claims_that_nobody_can_ask_for_are_e004(path: str) -> None:
+    [(id_, message)] = _found(TOKEN_CLAIMS=path)
+    assert id_ == "taskkit.E004"
+    assert repr(path) in message
+
+
+def test_claims_that_can_be_asked_for_are_fine() -> None:
+    assert _found(TOKEN_CLAIMS="taskkit.views.own_runs") == []
+
+
 def test_a_task_model_without_process_is_e002(monkeypatch: pytest.MonkeyPatch) -> None:
     from tests.project.models import BadRow
 
