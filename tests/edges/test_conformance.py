@@ -25,6 +25,7 @@ from tests.helpers import Tree, eventually
 #: Settings, as environment, under which the whole suite has to pass.
 MATRIX: dict[str, Mapping[str, str]] = {
     "usual": {},
+    "without the fast path": {"TASKKIT_FAST_PATH": "false"},
 }
 
 #: Events that are long, foreign, or look like the format itself.
