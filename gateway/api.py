@@ -32,6 +32,7 @@ from gateway.reading import (
 )
 from gateway.resource import Resource, answer
 from gateway.retention import Retention
+from gateway.selection import split_types, wants
 from gateway.store.protocol import Store, StoreError
 from gateway.store.rows import AttemptRow, OutputRow, RunFilter, RunRow
 from gateway.stream import RENDERINGS, RunStream, Wish, is_over, read_page
@@ -157,26 +158,36 @@ class Api:
         if rendering is None:
             raise Refusal("not-acceptable", f"a stream comes as {', '.join(RENDERINGS)}")
         paging = ("wait", "limit") if rendering == sse.JSON else ()
-        query = Parameters(request, (*sse.CURSOR_PARAMETERS, "include", *paging))
+        query = Parameters(request, (*sse.CURSOR_PARAMETERS, "include", "types", *paging))
         cursor = read_cursor(request)
+        types = read_types(query)
         output = query.choice("include", ["log"]) is not None
         if output and not claims.may("logs"):
             raise Forbidden("the token does not allow 'logs'")
+        if output and types is not None:
+            types |= {"log"}
         run = await self._visible(request, claims)
         if rendering == sse.JSON:
-            return await self._page(request, run, cursor, query, output)
+            return await self._page(request, run, cursor, query, output, types)
         if is_over(run, cursor):
             return Response(None, 204, {"Cache-Control": "no-store"})
         wish = Wish(
             rendering=rendering,
             cursor=cursor,
-            output=output or (rendering == sse.PLAIN and claims.may("logs")),
+            output=output or (rendering == sse.PLAIN and claims.may("logs") and wants(types, "log")),
+            types=types,
             expires_in=claims.expires_at - time.time(),
         )
         return RunStream(self._engine.store, self._engine.hub, run, wish)
 
     async def _page(
-        self, request: Request, run: RunRow, cursor: sse.Cursor, query: Parameters, output: bool
+        self,
+        request: Request,
+        run: RunRow,
+        cursor: sse.Cursor,
+        query: Parameters,
+        output: bool,
+        types: frozenset[str] | None,
     ) -> Response:
         limit, wait = query.number("limit", 1, 1000, 100), query.seconds("wait")
         async with watched(request.receive) as client:
@@ -189,6 +200,7 @@ class Api:
                 output=output,
                 limit=limit,
                 wait=0.0 if request.method == "HEAD" else wait,
+                types=types,
             )
         return answer(page)
 
@@ -312,6 +324,18 @@ def read_cursor(request: Request) -> sse.Cursor:
         return sse.parse_cursor(request.headers.get("last-event-id"), request.query_params)
     except ValueError as error:
         raise Refusal("bad-cursor", str(error)) from error
+
+
+def read_types(query: Parameters) -> frozenset[str] | None:
+    """Return the types of events that the client wants, from a comma list or a repeated parameter; None: all.
+
+    Raises:
+      Refusal: they are malformed.
+    """
+    try:
+        return split_types(query.texts("types"))
+    except ValueError as error:
+        raise query.refusal("types", str(error)) from error
 
 
 def measure(views: Sequence[RunnerView]) -> list[dict[str, Any]]:

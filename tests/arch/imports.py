@@ -47,6 +47,7 @@ PURE = (
     "taskkit.identifiers",
     "taskkit.settings",
     "gateway.sse",
+    "gateway.selection",
     "gateway.submission",
     "gateway.arguments",
     "gateway.output",
