@@ -20,6 +20,7 @@ from gateway.face import Engine, RunnerView
 from gateway.following import wait_for_end
 from gateway.keeping import Keeping
 from gateway.leaving import watched
+from gateway.multiplex import Multiplex
 from gateway.operating import Operating
 from gateway.reading import (
     Parameters,
@@ -66,6 +67,7 @@ class Api:
         self._keeping = Keeping(engine, authenticator, retention)
         self._submitting = Submitting(engine, authenticator)
         self._operating = Operating(engine, authenticator)
+        self._multiplex = Multiplex(engine, authenticator)
 
     def routes(self) -> list[Route]:
         """Return the routes, for Starlette."""
@@ -77,6 +79,7 @@ class Api:
             Route(f"{base}/runs/{{id}}/events", Resource(get=self.follow_run)),
             Route(f"{base}/runs/{{id}}/cancel", Resource(post=self.cancel_run)),
             Route(f"{base}/runs/{{id}}/replay", Resource(post=self._submitting.replay)),
+            Route(f"{base}/events", Resource(get=self._multiplex.follow, post=self._multiplex.follow_listed)),
             Route(f"{base}/runners", Resource(get=self.list_runners)),
             Route(f"{base}/runners/{{id}}/kill", Resource(post=self._operating.kill_runner)),
             Route(f"{base}/runners/{{id}}/drain", Resource(post=self._operating.drain_runner)),

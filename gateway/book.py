@@ -208,7 +208,7 @@ class Book:
         self.batch.runs.append(run)
         self.batch.full = True
         self.after.accepted.append(run.no)
-        self._plan.picture(run)
+        self._plan.picture(run, always=True)
         if submission.key is not None:
             self._use_key(KeyRow(submission.subject, submission.key, submission.digest, run.id, now))
         return run

@@ -355,6 +355,9 @@ class Engine:
         await self._publish(batch)
         pass_round("published", batch)
         self._act(after)
+        if batch.events:
+            # Not before those who watch have heard of the runs that were accepted.
+            self.hub.settled(batch.events[-1].pos)
         for request in requests:
             request.settle()
         self.courier.tell()

@@ -78,6 +78,7 @@ class LimitSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
       result_bytes: of a result's JSON.
       queued_runs: that wait; then 429.
       connections: at once; then 503.
+      streams_per_connection: runs and tags that one request to `/api/v1/events` may name; then 413.
       cancel_grace_seconds: between asking a run to stop and TERM.
       kill_grace_seconds: between TERM and KILL.
       stop_grace_seconds: for open runs when the tree stops.
@@ -92,6 +93,7 @@ class LimitSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     result_bytes: _Positive = 8 * 1024 * 1024
     queued_runs: _Positive = 10_000
     connections: _Positive = 10_000
+    streams_per_connection: _Positive = 128
     cancel_grace_seconds: _Seconds = 5.0
     kill_grace_seconds: _Seconds = 2.0
     stop_grace_seconds: _Seconds = 10.0
