@@ -82,6 +82,8 @@ class LimitSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
       cancel_grace_seconds: between asking a run to stop and TERM.
       kill_grace_seconds: between TERM and KILL.
       stop_grace_seconds: for open runs when the tree stops.
+      disconnect_grace_seconds: without subscribers until a run whose task has `on_disconnect="cancel"` is asked to
+        stop.
       output_lines_per_second: stored per runner; what is more is dropped with a count.
       gateway_beat_seconds: of silence after which a gateway hangs and is replaced; it beats four times in between.
       gateway_restarts: within 120 s; one more, and the supervisor gives up with exit code 4.
@@ -97,6 +99,7 @@ class LimitSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     cancel_grace_seconds: _Seconds = 5.0
     kill_grace_seconds: _Seconds = 2.0
     stop_grace_seconds: _Seconds = 10.0
+    disconnect_grace_seconds: _Seconds = 10.0
     output_lines_per_second: _Positive = 2_000
     gateway_beat_seconds: Annotated[float, Meta(ge=0.5, le=3_600)] = 10.0
     gateway_restarts: _Positive = 10
