@@ -175,7 +175,7 @@ async def _live(
     store = SqliteStore(directory, boot_id=configure.boot_id, durability=settings.durability)
     opened = await _open(store)
     failpoints.hit("gateway.opened")
-    hub = Hub(settings.fast_path)
+    hub = Hub(opened.next_pos - 1, opened.gaps, fast_path=settings.fast_path)
     engine = Engine(
         store=store,
         book=Book(settings, opened, configure.adopting, time.time(), trio.current_time()),

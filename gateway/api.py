@@ -21,6 +21,7 @@ from gateway.following import wait_for_end
 from gateway.granting import Granting
 from gateway.keeping import Keeping
 from gateway.leaving import watched
+from gateway.multiplex import Multiplex
 from gateway.operating import Operating
 from gateway.reach import limit_to_reach, reaches
 from gateway.reading import (
@@ -34,6 +35,7 @@ from gateway.reading import (
 )
 from gateway.resource import Resource, answer
 from gateway.retention import Retention
+from gateway.selection import split_types, wants
 from gateway.store.protocol import Store, StoreError
 from gateway.store.rows import AttemptRow, OutputRow, RunFilter, RunRow
 from gateway.stream import RENDERINGS, RunStream, Wish, is_over, read_page
@@ -68,6 +70,7 @@ class Api:
         self._submitting = Submitting(engine, authenticator)
         self._operating = Operating(engine, authenticator)
         self._granting = Granting(engine, authenticator)
+        self._multiplex = Multiplex(engine, authenticator)
 
     def routes(self) -> list[Route]:
         """Return the routes, for Starlette."""
@@ -79,6 +82,7 @@ class Api:
             Route(f"{base}/runs/{{id}}/events", Resource(get=self.follow_run)),
             Route(f"{base}/runs/{{id}}/cancel", Resource(post=self.cancel_run)),
             Route(f"{base}/runs/{{id}}/replay", Resource(post=self._submitting.replay)),
+            Route(f"{base}/events", Resource(get=self._multiplex.follow, post=self._multiplex.follow_listed)),
             Route(f"{base}/runners", Resource(get=self.list_runners)),
             Route(f"{base}/runners/{{id}}/kill", Resource(post=self._operating.kill_runner)),
             Route(f"{base}/runners/{{id}}/drain", Resource(post=self._operating.drain_runner)),
@@ -162,14 +166,17 @@ class Api:
         if rendering is None:
             raise Refusal("not-acceptable", f"a stream comes as {', '.join(RENDERINGS)}")
         paging = ("wait", "limit") if rendering == sse.JSON else ()
-        query = Parameters(request, (*sse.CURSOR_PARAMETERS, "include", *paging))
+        query = Parameters(request, (*sse.CURSOR_PARAMETERS, "include", "types", *paging))
         cursor = read_cursor(request)
+        types = read_types(query)
         output = query.choice("include", ["log"]) is not None
         if output and not claims.may("logs"):
             raise Forbidden("the token does not allow 'logs'")
+        if output and types is not None:
+            types |= {"log"}
         run = await self._visible(request, claims)
         if rendering == sse.JSON:
-            page = await self._page(request, run, cursor, query, output, _left(claims))
+            page = await self._page(request, run, cursor, query, output, types, _left(claims))
             self._authenticator.recheck(claims)
             return page
         if is_over(run, cursor):
@@ -178,13 +185,21 @@ class Api:
             rendering=rendering,
             cursor=cursor,
             session=self._authenticator.sessions.new(claims),
-            output=output or (rendering == sse.PLAIN and claims.may("logs")),
+            output=output or (rendering == sse.PLAIN and claims.may("logs") and wants(types, "log")),
+            types=types,
             expires_in=_left(claims),
         )
         return RunStream(self._engine.store, self._engine.hub, run, wish)
 
     async def _page(
-        self, request: Request, run: RunRow, cursor: sse.Cursor, query: Parameters, output: bool, left: float
+        self,
+        request: Request,
+        run: RunRow,
+        cursor: sse.Cursor,
+        query: Parameters,
+        output: bool,
+        types: frozenset[str] | None,
+        left: float,
     ) -> Response:
         limit, wait = query.number("limit", 1, 1000, 100), min(query.seconds("wait"), left)
         async with watched(request.receive) as client:
@@ -197,6 +212,7 @@ class Api:
                 output=output,
                 limit=limit,
                 wait=0.0 if request.method == "HEAD" else wait,
+                types=types,
             )
         return answer(page)
 
@@ -320,6 +336,18 @@ def read_cursor(request: Request) -> sse.Cursor:
         return sse.parse_cursor(request.headers.get("last-event-id"), request.query_params)
     except ValueError as error:
         raise Refusal("bad-cursor", str(error)) from error
+
+
+def read_types(query: Parameters) -> frozenset[str] | None:
+    """Return the types of events that the client wants, from a comma list or a repeated parameter; None: all.
+
+    Raises:
+      Refusal: they are malformed.
+    """
+    try:
+        return split_types(query.texts("types"))
+    except ValueError as error:
+        raise query.refusal("types", str(error)) from error
 
 
 def measure(views: Sequence[RunnerView]) -> list[dict[str, Any]]:

@@ -210,7 +210,7 @@ class Book:
         self.batch.runs.append(run)
         self.batch.full = True
         self.after.accepted.append(run.no)
-        self._plan.picture(run)
+        self._plan.picture(run, always=True)
         if submission.key is not None:
             self._use_key(KeyRow(submission.subject, submission.key, submission.digest, run.id, now))
         return run
@@ -548,8 +548,15 @@ class Book:
 
     # --- cancelling and stopping ---------------------------------------------------------------------------
 
-    def cancel(self, run: RunRow, grace: float, now: float) -> None:
-        """Somebody wants the run to stop. A waiting run has ended when this returns.
+    def followed(self, no: int) -> None:
+        """An open run has a subscriber; that nobody follows it any more will mean something."""
+        run = self.runs.get(no)
+        if run is not None:
+            run.followed = True
+            self.batch.changed[no] = run
+
+    def cancel(self, run: RunRow, grace: float, now: float, reason: str = "") -> None:
+        """Somebody wants the run to stop, or `reason` does. A waiting run has ended when this returns.
 
         Raises:
           LifecycleError: it has ended already.
@@ -562,7 +569,8 @@ class Book:
             return
         if not run.cancelling:
             run.cancelling = True
-            self._plan.say(run, "run.cancelling", now, grace=grace)
+            why = {"reason": reason} if reason else {}
+            self._plan.say(run, "run.cancelling", now, grace=grace, **why)
             self._plan.changed(run)
         self._order.cancel(attempt.row, grace)
 

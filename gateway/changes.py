@@ -1,7 +1,9 @@
 """Tells whoever watches which runs have changed their state, after each commit.
 
-Rule: publishing is synchronous and waits for nobody; a watcher that is too far behind is told that it has missed
+Rule 1: publishing is synchronous and waits for nobody; a watcher that is too far behind is told that it has missed
 something, and reads the runs anew.
+
+Rule 2: a run that is accepted is published in any case. Who watches first and reads the store then knows every run.
 """
 
 from __future__ import annotations
@@ -73,7 +75,7 @@ class Changes:
 
     @property
     def watched(self) -> bool:
-        """Whether anybody watches; otherwise pictures need not be taken."""
+        """Whether anybody watches; otherwise pictures of changes need not be taken."""
         return bool(self._watches)
 
     @property

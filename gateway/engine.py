@@ -22,6 +22,7 @@ from typing import Any, Final
 import trio
 
 from gateway.accepting import Acceptance
+from gateway.attendance import Attendance
 from gateway.book import Book
 from gateway.changes import Changes
 from gateway.fanout import Hub
@@ -137,12 +138,14 @@ class Engine:
         self._acceptance = Acceptance(self)
         self.courier = CourierLink(self)
         self.intake = Intake(self)
+        self.attendance = hub.audience = Attendance(self)
         self.rounds = 0
         self._notes: list[str] | None = None
         self._started_at = trio.current_time()
         planned = Counter(row.run for row in book.batch.events)  # at the start: what became of lost attempts
         for run in book.runs.values():
             hub.opened(run.no, run.tail - planned[run.no])
+        self.attendance.found(book.runs.values())
 
     # --- what requests want --------------------------------------------------------------------------------
 
@@ -165,6 +168,11 @@ class Engine:
         raise NotWritable(
             f"the store does not answer: {self.store_error or 'a commit takes long'}", retry_after=2
         )
+
+    def request(self, decide: Callable[[], Any]) -> None:
+        """Have `decide` called in the next round, without waiting for it."""
+        self._requests.append(_Request(decide))
+        self.wake()
 
     async def submit(self, submission: Submission) -> tuple[RunRow, bool]:
         """Make a run of `submission`; see `Acceptance.submit`."""
@@ -240,6 +248,7 @@ class Engine:
             **self.book.grants.statistics(),
             **self.book.casualties.statistics(trio.current_time()),
             **self.hub.statistics(),
+            **self.attendance.statistics(),
         }
 
     async def end_runner(self, id: str, *, now: bool) -> bool:
@@ -347,6 +356,7 @@ class Engine:
         """Make rounds until cancelled."""
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._watch_pipes)
+            nursery.start_soon(self.attendance.run)
             while True:
                 with trio.move_on_after(self._patience()):
                     await self._wake.wait()
@@ -390,6 +400,9 @@ class Engine:
         await self._publish(batch)
         pass_round("published", batch)
         self._act(after)
+        if batch.events:
+            # Not before those who watch have heard of the runs that were accepted.
+            self.hub.settled(batch.events[-1].pos)
         for request in requests:
             request.settle()
         self.courier.tell()

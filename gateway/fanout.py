@@ -10,17 +10,19 @@ commits.
 
 from __future__ import annotations
 
+import contextlib
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Final, Self
+from typing import Final, Protocol, Self
 
 import trio
 
 from gateway import sse
 from gateway.broadcast import Broadcast
 from gateway.store.rows import EventRow, OutputRow
+from gateway.watching import Watcher
 
 #: Most events a ring keeps. At 50 events/s this is 20 s of a stream: any client that is further behind reads
 #: joined batches from the store, which is faster for it anyway. Precedent: Mercure's channel of 1000 updates.
@@ -116,14 +118,19 @@ class Ring:
 
 @dataclass(slots=True)
 class _Run:
-    """What the hub knows of one run. `tail` and `lines` are None until the engine has said a number."""
+    """What the hub knows of one run. `tail` and `lines` are None until the engine has said a number.
+
+    `attached` counts the subscriptions, which keep the ring; `subscribers` those of them that follow this very run.
+    """
 
     tail: int | None = None
     lines: int | None = None
     open: bool = False
     ended: bool = False
     ring: Ring | None = None
+    attached: int = 0
     subscribers: int = 0
+    watchers: set[Watcher] = field(default_factory=set)
     lot: trio.lowlevel.ParkingLot = field(default_factory=trio.lowlevel.ParkingLot)
     output_lot: trio.lowlevel.ParkingLot = field(default_factory=trio.lowlevel.ParkingLot)
 
@@ -132,15 +139,27 @@ class _Run:
         self.output_lot.unpark_all()
 
 
+class Audience(Protocol):
+    """Who is told of a run's first subscriber, and when its last one has left."""
+
+    def came(self, run: int) -> None:
+        """Somebody follows a run that nobody followed before. Must not raise or wait."""
+
+    def left(self, run: int) -> None:
+        """Nobody follows the run any more. Must not raise or wait."""
+
+
 class Subscription:
     """One subscriber's view of a run; a context manager, because the ring lives as long as somebody looks."""
 
-    __slots__ = ("_hub", "_number", "_run")
+    __slots__ = ("_counted", "_hub", "_number", "_run", "_watcher")
 
-    def __init__(self, hub: Hub, number: int, epoch: int) -> None:
+    def __init__(self, hub: Hub, number: int, epoch: int, watcher: Watcher | None, counted: bool) -> None:
         self._hub = hub
         self._number = number
-        self._run = hub._join(number, epoch)
+        self._watcher = watcher
+        self._counted = counted
+        self._run = hub._join(number, epoch, watcher, counted)
 
     def __enter__(self) -> Self:
         return self
@@ -148,7 +167,11 @@ class Subscription:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._hub._leave(self._number, self._run)
+        self.close()
+
+    def close(self) -> None:
+        """Leave the run. Once only."""
+        self._hub._leave(self._number, self._run, self._watcher, self._counted)
 
     @property
     def tail(self) -> int | None:
@@ -206,13 +229,26 @@ class Hub:
     """Everybody who follows any run of this gateway.
 
     Args:
+      horizon: position of the newest event in the store when it was opened.
+      gaps: ranges of positions whose events a power cut may have taken (gateway.store.rows.Opened).
       fast_path: whether those who are up to date are written to by `broadcast`.
+
+    Attributes:
+      horizon: every event up to this position is published, and who accepted its run is told (see `settled`).
+      audience: whom first and last subscribers are reported to.
     """
 
-    def __init__(self, fast_path: bool = True) -> None:
+    def __init__(
+        self, horizon: int = 0, gaps: Sequence[tuple[int, int]] = (), *, fast_path: bool = True
+    ) -> None:
         self.broadcast = Broadcast(fast_path)
         self._runs: dict[int, _Run] = {}
         self._published = 0
+        self._touched: set[int] = set()
+        self._watchers: set[Watcher] = set()
+        self.horizon = horizon
+        self.gaps = gaps
+        self.audience: Audience | None = None
         self.closing = False
         self.farewell = FAREWELL
         self._closing_lot = trio.lowlevel.ParkingLot()
@@ -244,8 +280,21 @@ class Hub:
             else:
                 state.ring.clear()
         self._published += len(events)
+        self._touched.add(run)
         state.wake()
         self.broadcast.news(run)
+
+    def settled(self, horizon: int) -> None:
+        """Everything up to position `horizon` is published: now who follows many runs may read up to there.
+
+        Runs are published one after the other; read in between, a merge by position would miss what comes late.
+        """
+        self.horizon = max(self.horizon, horizon)
+        for run in self._touched:
+            state = self._runs.get(run)
+            for watcher in () if state is None else state.watchers:
+                watcher.touch(run)
+        self._touched.clear()
 
     def publish_output(self, run: int, rows: Sequence[OutputRow]) -> None:
         """Tell those who read output that there are committed lines; they read them from the store.
@@ -265,7 +314,7 @@ class Hub:
         if state is None:
             return
         state.open, state.ended = False, True
-        if not state.subscribers:
+        if not state.attached:
             del self._runs[run]
         state.wake()
 
@@ -283,6 +332,8 @@ class Hub:
         self.farewell = farewell
         for state in self._runs.values():
             state.wake()
+        for watcher in self._watchers:
+            watcher.wake()
         self.broadcast.end()
         self._closing_lot.unpark_all()
 
@@ -293,12 +344,25 @@ class Hub:
         else:
             await self._closing_lot.park()
 
-    def attach(self, run: int, epoch: int = 0) -> Subscription:
+    def attach(
+        self, run: int, epoch: int = 0, *, watcher: Watcher | None = None, counted: bool = True
+    ) -> Subscription:
         """Return a subscription to the run with this number, open or not; use it as a context manager.
 
         `epoch` is the run's: it grows only when the store is opened, so everybody who attaches says the same.
+        `watcher` is touched when the run has spoken. Without `counted` it is none of the run's subscribers.
         """
-        return Subscription(self, run, epoch)
+        return Subscription(self, run, epoch, watcher, counted)
+
+    @contextlib.contextmanager
+    def watcher(self) -> Iterator[Watcher]:
+        """Give a watcher for any number of subscriptions; it is woken at shutdown as well."""
+        watcher = Watcher()
+        self._watchers.add(watcher)
+        try:
+            yield watcher
+        finally:
+            self._watchers.discard(watcher)
 
     def statistics(self) -> dict[str, int]:
         """Return counts of what the hub holds now, and of what it has handed out."""
@@ -306,6 +370,7 @@ class Hub:
         return {
             "runs": len(self._runs),
             "subscribers": sum(state.subscribers for state in self._runs.values()),
+            "multiplexed": len(self._watchers),
             "ring_events": sum(len(ring) for ring in rings),
             "ring_bytes": sum(ring.weight for ring in rings),
             "published": self._published,
@@ -314,16 +379,28 @@ class Hub:
             "shortfalls": self.broadcast.shortfalls,
         }
 
-    def _join(self, number: int, epoch: int) -> _Run:
+    def _join(self, number: int, epoch: int, watcher: Watcher | None, counted: bool) -> _Run:
         state = self._runs.setdefault(number, _Run())
-        state.subscribers += 1
+        state.attached += 1
         if state.ring is None:
             state.ring = Ring(epoch)
+        if watcher is not None:
+            state.watchers.add(watcher)
+        if counted:
+            state.subscribers += 1
+            if state.subscribers == 1 and self.audience is not None:
+                self.audience.came(number)
         return state
 
-    def _leave(self, number: int, state: _Run) -> None:
-        state.subscribers -= 1
-        if state.subscribers:
+    def _leave(self, number: int, state: _Run, watcher: Watcher | None, counted: bool) -> None:
+        state.attached -= 1
+        if watcher is not None:
+            state.watchers.discard(watcher)
+        if counted:
+            state.subscribers -= 1
+            if not state.subscribers and self.audience is not None:
+                self.audience.left(number)
+        if state.attached:
             return
         state.ring = None
         if not state.open and self._runs.get(number) is state:

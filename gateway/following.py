@@ -102,6 +102,23 @@ class Follower:
         self._held = False
         self._unknown = False
         self.done = False
+        #: whether what was read last had left the ring, so that it came from the store
+        self.off_ring = False
+
+    @property
+    def closing(self) -> bool:
+        """Whether the gateway shuts down."""
+        return self._subscription.closing
+
+    @property
+    def cursor(self) -> str:
+        """The id of this position: what is in front of it has been read."""
+        return sse.event_id(self._run.epoch, self.after, self._line if self._output else None)
+
+    @property
+    def position(self) -> str:
+        """The id of the event that was read last, whatever was printed behind it."""
+        return sse.event_id(self._run.epoch, self.after)
 
     async def read(self) -> list[Piece]:
         """Return what follows the position, and move behind it; empty: nothing now. Sets `done` at the end.
@@ -137,6 +154,7 @@ class Follower:
         tail = self._subscription.tail  # before the read: what is published meanwhile is not missing
         entries = self._subscription.batch(self.after, READ_BYTES)
         self._unknown = False
+        self.off_ring = entries is None
         start = self.after + 1
         if entries is None:
             entries = await self._stored()

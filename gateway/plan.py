@@ -111,7 +111,7 @@ class Plan:
         self._untold.add(run)
         self.picture(run)
 
-    def picture(self, run: RunRow) -> None:
-        """Keep the run as it is now for those who watch."""
-        if self.watched():
+    def picture(self, run: RunRow, *, always: bool = False) -> None:
+        """Keep the run as it is now for those who watch, or `always`: for those who begin to before this round ends."""
+        if always or self.watched():
             self.after.changed.append(replace(run))

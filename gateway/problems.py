@@ -79,6 +79,7 @@ CODES: Final[Mapping[str, Code]] = {
     "not-incremental": Code(409, "Store cannot be made smaller while it is open"),
     "result-expired": Code(410, "Result was removed"),
     "too-large": Code(413, "Body too large"),
+    "too-many-runs": Code(413, "Too many runs on one connection"),
     "unsupported-media-type": Code(415, "Unsupported media type"),
     "wrong-host": Code(421, "Host is not served here"),
     "upgrade-required": Code(426, "WebSocket needed"),

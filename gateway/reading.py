@@ -175,6 +175,10 @@ class Parameters:
             raise self.refusal(name, "must be given once, with a value")
         return values[0] if values else None
 
+    def texts(self, name: str) -> list[str]:
+        """Return every value of a parameter that may be repeated, empty ones included."""
+        return self._query.getlist(name)
+
     def number(self, name: str, low: int, high: int, default: int) -> int:
         """Return a whole number from `low` to `high`."""
         text = self.text(name)

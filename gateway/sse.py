@@ -82,9 +82,21 @@ def chunk(data: bytes) -> bytes:
     return b"%x\r\n%b\r\n" % (len(data), data)
 
 
-def reset_data(start: int, reason: str) -> bytes:
-    """Return the data of `stream.reset`: what the client has is void, the stream goes on at `start`."""
-    return msgspec.json.encode({"from": start, "reason": reason})
+def reset_data(start: int, reason: str, run: str | None = None) -> bytes:
+    """Return the data of `stream.reset`: what the client has is void, the stream goes on at `start`.
+
+    `run` is named on a stream of many runs when no other one is concerned.
+    """
+    data: dict[str, int | str] = {"from": start, "reason": reason}
+    return msgspec.json.encode(data if run is None else {**data, "_run": run})
+
+
+def id_block(id: str) -> bytes:
+    """Return the block that only moves the client's cursor: without data, nothing is dispatched.
+
+    Source: WHATWG HTML §9.2.6, which sets the last event ID before it looks whether there is data.
+    """
+    return b"id: %s\n\n" % _field(id)
 
 
 def reset_event(start: int, reason: str, epoch: int = 0) -> bytes:
@@ -92,13 +104,21 @@ def reset_event(start: int, reason: str, epoch: int = 0) -> bytes:
     return event_bytes(event_id(epoch, max(0, start - 1)), "stream.reset", reset_data(start, reason))
 
 
-def ndjson_line(id: int | str, type: str, data: bytes) -> bytes:
-    """Return one event as a line `{"id","type","data"}`; `data` is embedded as it is."""
+def lag_data(skipped: int, run: str) -> bytes:
+    """Return the data of `stream.lag`: so many `run.progress` of the run were left out."""
+    return msgspec.json.encode({"skipped": skipped, "_run": run})
+
+
+def ndjson_line(id: int | str | None, type: str, data: bytes) -> bytes:
+    """Return one event as a line `{"id","type","data"}`; `data` is embedded as it is.
+
+    Without an id the line has none: it leaves the client's cursor alone.
+    """
     if b"\n" in data or b"\r" in data:
         data = _LINE_BREAK.sub(b" ", data)  # between tokens a space means the same
     # json.dumps escapes every control character, so the line stays one line.
-    return b'{"id":"%s","type":%s,"data":%s}\n' % (
-        _field(str(id)),
+    return b'{%s"type":%s,"data":%s}\n' % (
+        b"" if id is None else b'"id":"%s",' % _field(str(id)),
         json.dumps(type).encode(),
         data or b"null",
     )
@@ -173,6 +193,18 @@ def _parse(text: str) -> Cursor | None:
         return None
     epoch, offset, line = match.groups()
     return Cursor(offset=int(offset), line=None if line is None else int(line), epoch=int(epoch or 0))
+
+
+def parse_position(last_event_id: str | None, parameters: Mapping[str, str]) -> Cursor:
+    """Return the cursor of a request for many runs: as `parse_cursor`, but its offset is a position in the store.
+
+    Raises:
+      ValueError: it is malformed, or of a stream of one run; the client's fault.
+    """
+    cursor = parse_cursor(last_event_id, parameters)
+    if cursor.epoch or cursor.line is not None:
+        raise ValueError("the cursor is of a stream of one run: use the id of an event of this one, a number")
+    return cursor
 
 
 def parse_cursor(last_event_id: str | None, parameters: Mapping[str, str]) -> Cursor:

@@ -73,7 +73,7 @@ class After:
       orders: orders by runner.
       created: answers of intake runners.
       ended: numbers of runs that have ended.
-      changed: pictures of runs after each change of their state, while anybody watches.
+      changed: pictures of runs when they are accepted, and after each change of their state while anybody watches.
       drained: runners that have nothing left to say.
     """
 

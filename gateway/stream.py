@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Callable, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, Final, Generic, Protocol, TypeVar
 
 import msgspec
 import trio
@@ -19,10 +21,12 @@ from starlette.types import Receive, Scope, Send
 from gateway import sse
 from gateway.connection import Peer
 from gateway.fanout import Entry, Hub, Subscription
-from gateway.following import Follower, Line, Piece
+from gateway.following import Follower, Line, Piece, Reset
+from gateway.lagging import READS, Lag, Pace, Portion
 from gateway.leaving import Client, watched
+from gateway.selection import wants
 from gateway.sessions import Session
-from gateway.sse import Cursor
+from gateway.sse import Cursor, Origin
 from gateway.store.protocol import Store, StoreError
 from gateway.store.rows import RunRow
 
@@ -43,6 +47,10 @@ CHUNK: Final = 64 * 1024
 #: would not come back from an error status.
 STORE_PAUSE: Final = 1.0
 
+#: Seconds for which a page looks for an event that it may show, though it need not wait. Half a million small events
+#: are read in that time; whoever gets an empty page goes on at its `next`.
+PAGE_SECONDS: Final = 1.0
+
 HEADERS: Final = (
     (b"cache-control", b"no-store, no-transform"),
     (b"x-accel-buffering", b"no"),
@@ -55,48 +63,60 @@ HEADERS: Final = (
 RENDERINGS: Final = (sse.EVENT_STREAM, sse.JSON, sse.NDJSON, sse.PLAIN)
 
 
-def _as_sse(piece: Piece, run: str) -> bytes:
-    if isinstance(piece, Entry):
-        return piece.sse
-    if isinstance(piece, Line):
-        return sse.event_bytes(piece.id, "log", piece.data(run))
-    return sse.reset_event(piece.start, piece.reason, piece.epoch)
+def _as_sse(piece: Piece | Lag, run: str) -> bytes:
+    if isinstance(piece, Reset):
+        return sse.reset_event(piece.start, piece.reason, piece.epoch)
+    return piece.sse if isinstance(piece, Entry) else sse.event_bytes(*_parts(piece, run))
 
 
-def _as_ndjson(piece: Piece, run: str) -> bytes:
+def _as_ndjson(piece: Piece | Lag, run: str) -> bytes:
     return sse.ndjson_line(*_parts(piece, run))
 
 
-def _as_text(piece: Piece, run: str) -> bytes:
+def _as_text(piece: Piece | Lag, run: str) -> bytes:
     if isinstance(piece, Entry):
         return sse.plain_text(piece.row.data)
     return sse.plain_line(piece.row.text) if isinstance(piece, Line) else b""
 
 
-def _parts(piece: Piece, run: str) -> tuple[str, str, bytes]:
+def _parts(piece: Piece | Lag, run: str) -> tuple[str | None, str, bytes]:
     """Return id, type and data of a piece."""
     if isinstance(piece, Entry):
         return piece.id, piece.row.type, piece.row.data
     if isinstance(piece, Line):
         return piece.id, "log", piece.data(run)
+    if isinstance(piece, Lag):
+        return None, "stream.lag", sse.lag_data(piece.skipped, run)
     return piece.id, "stream.reset", sse.reset_data(piece.start, piece.reason)
+
+
+def _type_of(piece: Piece) -> str:
+    if isinstance(piece, Entry):
+        return piece.row.type
+    return "log" if isinstance(piece, Line) else "stream.reset"
+
+
+_RENDER: Final[dict[str, Callable[[Piece | Lag, str], bytes]]] = {
+    sse.EVENT_STREAM: _as_sse,
+    sse.NDJSON: _as_ndjson,
+    sse.PLAIN: _as_text,
+}
 
 
 @dataclass(frozen=True, slots=True)
 class _Rendering:
     content_type: bytes
-    render: Callable[[Piece, str], bytes]
     #: sent in silence; empty: nothing can be said without being taken for content
     heartbeat: bytes = b""
-    #: whether the client's reconnection time can be set
-    retries: bool = False
+    #: whether the client's reconnection time, or its cursor alone, can be set
+    controls: bool = False
 
 
 _RENDERINGS: Final = {
-    sse.EVENT_STREAM: _Rendering(b"text/event-stream; charset=utf-8", _as_sse, sse.HEARTBEAT, True),
+    sse.EVENT_STREAM: _Rendering(b"text/event-stream; charset=utf-8", sse.HEARTBEAT, True),
     # An empty line is what parsers of ndjson may ignore, and CouchDB's feeds send in silence.
-    sse.NDJSON: _Rendering(b"application/x-ndjson", _as_ndjson, b"\n"),
-    sse.PLAIN: _Rendering(b"text/plain; charset=utf-8", _as_text),
+    sse.NDJSON: _Rendering(b"application/x-ndjson", b"\n"),
+    sse.PLAIN: _Rendering(b"text/plain; charset=utf-8"),
 }
 
 
@@ -107,6 +127,7 @@ class Wish:
     Attributes:
       session: its place among the streams of its token.
       output: whether output lines are interleaved.
+      types: types of the events that are wanted, `log` for output lines; None: all.
       life: seconds after which the stream ends to be opened again; None: no limit but the token's.
       expires_in: seconds until the token's `exp`.
     """
@@ -115,25 +136,74 @@ class Wish:
     cursor: Cursor
     session: Session = field(default_factory=Session.of_nobody)
     output: bool = False
+    types: frozenset[str] | None = None
     life: float | None = LIFE_SECONDS
     expires_in: float = float("inf")
 
 
-class RunStream:
-    """One subscriber of one run, as an ASGI application.
+_Piece = TypeVar("_Piece")
+_Piece_co = TypeVar("_Piece_co", covariant=True)
 
-    Ends after `stream.end`, at the end of its life, when the token expires or is revoked, when the gateway shuts
+
+class Source(Protocol[_Piece_co]):
+    """What a stream is read from: a position that moves on (gateway.following, gateway.merging)."""
+
+    @property
+    def done(self) -> bool:
+        """Whether nothing can follow."""
+
+    @property
+    def closing(self) -> bool:
+        """Whether the gateway shuts down."""
+
+    @property
+    def off_ring(self) -> bool:
+        """Whether what was read last had left the ring."""
+
+    @property
+    def cursor(self) -> str:
+        """The id that continues behind everything that was read."""
+
+    async def read(self) -> Sequence[_Piece_co]:
+        """Return what is next, and move behind it; empty: nothing now. Raises StoreError, and has not moved."""
+
+    async def wait(self) -> None:
+        """Return when reading is worth while again. The caller has a deadline."""
+
+
+class EventStream(ABC, Generic[_Piece]):
+    """One subscriber, as an ASGI application.
+
+    Ends when its source is done, at the end of its life, when the token expires or is revoked, when the gateway shuts
     down (with a `retry:` that spreads the reconnects) and when the client leaves. A store that does not answer only
     delays it.
+
+    Args:
+      name: what it follows, for the log.
     """
 
-    def __init__(self, store: Store, hub: Hub, run: RunRow, wish: Wish) -> None:
-        self._store = store
+    def __init__(self, hub: Hub, wish: Wish, name: str) -> None:
         self._hub = hub
-        self._run = run
         self._wish = wish
+        self._name = name
         self._rendering = _RENDERINGS[wish.rendering]
         self._silent_since = 0.0
+        self._pace = Pace()
+        self._last: _Piece | None = None
+        self._told = ""  # the cursor as the client has it
+        self._peer: Peer | None = None
+
+    @abstractmethod
+    def _open(self) -> AbstractContextManager[Source[_Piece]]:
+        """Return the source; what it holds is let go of at the end."""
+
+    @abstractmethod
+    def _type_of(self, piece: _Piece) -> str:
+        """Return the type of the event that a piece becomes."""
+
+    @abstractmethod
+    def _render(self, piece: _Piece | Lag) -> bytes:
+        """Return the bytes of a piece."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the stream as the response to one request; the head only for HEAD.
@@ -149,13 +219,14 @@ class RunStream:
         if scope["method"] == "HEAD":
             await send({"type": "http.response.body", "body": b""})
             return
-        if self._rendering.retries:
+        if self._rendering.controls:
             # The first bytes leave before anything is read: they tell client and proxies that this works.
             greeting = sse.HEARTBEAT + sse.retry(random.randint(1000, 3000))
             await send({"type": "http.response.body", "body": greeting, "more_body": True})
         async with watched(receive) as client:
             session.on_end(client.dismiss)
-            farewell = await self._follow(client, send, self._outlet(scope))
+            self._peer = scope.get("state", {}).get("peer")
+            farewell = await self._follow(client, send)
         if not client.gone:
             await send({"type": "http.response.body", "body": farewell})
 
@@ -166,69 +237,132 @@ class RunStream:
         life = float("inf") if self._wish.life is None else self._wish.life * random.uniform(0.8, 1.2)
         return trio.current_time() + max(0.0, min(life, self._wish.expires_in))
 
-    async def _follow(self, client: Client, send: Send, peer: Peer | None) -> bytes:
+    async def _follow(self, client: Client, send: Send) -> bytes:
         """Send everything until the stream ends; return the bytes to end it with."""
         ends_at = self._ends_at()
         self._silent_since = trio.current_time()
-        with self._hub.attach(self._run.no, self._run.epoch) as subscription:
-            follower = Follower(
-                self._store, subscription, self._run, self._wish.cursor, output=self._wish.output
-            )
+        with self._open() as source:
+            # Whoever began with what is new has no cursor yet, and would begin so again.
+            self._told = source.cursor if self._wish.cursor.origin is Origin.AFTER else ""
             while True:
-                pieces, wait = await self._read(follower)
-                await self._deliver(pieces, client, send)
-                if client.gone or client.dismissed or follower.done or trio.current_time() >= ends_at:
+                pieces, wait = await self._read(source)
+                await self._deliver(await self._shown(source, pieces), source, client, send)
+                if client.gone or client.dismissed or source.done or trio.current_time() >= ends_at:
                     return b""
-                if subscription.closing:
-                    return sse.retry(random.randint(*self._hub.farewell)) if self._rendering.retries else b""
+                if source.closing:
+                    return sse.retry(random.randint(*self._hub.farewell)) if self._rendering.controls else b""
                 if not pieces:
                     until = min(ends_at, self._silent_since + HEARTBEAT_SECONDS)
-                    if peer is not None and follower.is_live:
-                        await self._ride(peer, subscription, follower, client, until)
-                    else:
-                        await client.wait(wait, until)
-                    await self._break_silence(client, send)
+                    if not await self._ride(source, client, until):
+                        await self._wait(client, wait, until)
+                # Also while there is something to read: it may all be filtered out.
+                await self._break_silence(source, client, send)
 
-    def _outlet(self, scope: Scope) -> Peer | None:
-        """Return the socket of a response whose bytes are the same for everybody; None: each goes its own way."""
-        if self._wish.rendering != sse.EVENT_STREAM or self._wish.output or not self._hub.broadcast.enabled:
-            return None
-        peer: Peer | None = scope.get("state", {}).get("peer")
-        return peer
+    async def _ride(self, source: Source[_Piece], client: Client, until: float) -> bool:
+        """Have what comes next written by somebody else (gateway.broadcast); return whether that was possible."""
+        return False
 
-    async def _ride(
-        self, peer: Peer, subscription: Subscription, follower: Follower, client: Client, until: float
-    ) -> None:
-        """Have what comes next written by the broadcast, for as long as the client keeps up."""
-        with self._hub.broadcast.seat(self._run.no, subscription, follower.after, peer) as seat:
-            await client.wait(seat.ride, until)
-        follower.after = seat.after
-        self._silent_since = max(self._silent_since, seat.written_at)
-        if seat.rest is not None and not client.gone:
-            await peer.write(seat.rest)
-
-    async def _read(self, follower: Follower) -> tuple[list[Piece], Callable[[], Any]]:
+    async def _read(self, source: Source[_Piece]) -> tuple[Sequence[_Piece], Callable[[], Any]]:
         """Return what is next, and what to wait for when that is nothing."""
         try:
-            return await follower.read(), follower.wait
+            pieces = await source.read()
         except StoreError as error:
-            logger.warning("stream of run %s waits for the store: %s", self._run.id, error)
+            logger.warning("stream of %s waits for the store: %s", self._name, error)
             return [], _pause
+        self._last = pieces[-1] if pieces else self._last
+        return pieces, source.wait
 
-    async def _deliver(self, pieces: Sequence[Piece], client: Client, send: Send) -> None:
-        body = b"".join([self._rendering.render(piece, self._run.id) for piece in pieces])
+    async def _wait(self, client: Client, wait: Callable[[], Any], deadline: float) -> None:
+        if wait is _pause:
+            await client.wait(wait, deadline)
+            return
+        self._pace.level(trio.current_time())
+        await client.wait(wait, deadline)
+        self._pace.level(trio.current_time())  # what it has not seen was published just now
+
+    async def _shown(self, source: Source[_Piece], pieces: Sequence[_Piece]) -> Sequence[_Piece | Lag]:
+        """Return what the client gets of what is next; of a client that is behind, of more than that."""
+        wanted = self._wanted(pieces)
+        if not pieces or not self._pace.behind(trio.current_time(), off_ring=source.off_ring):
+            return wanted
+        portion: Portion[_Piece] = Portion()
+        portion.add(wanted)
+        for _ in range(READS):
+            if portion.size >= CHUNK or source.done:
+                break
+            pieces, _ = await self._read(source)
+            if not pieces:
+                break
+            portion.add(self._wanted(pieces))
+        return portion.pieces()
+
+    def _wanted(self, pieces: Sequence[_Piece]) -> Sequence[_Piece]:
+        types = self._wish.types
+        return pieces if types is None else [piece for piece in pieces if wants(types, self._type_of(piece))]
+
+    async def _deliver(
+        self, pieces: Sequence[_Piece | Lag], source: Source[_Piece], client: Client, send: Send
+    ) -> None:
+        body = b"".join([self._render(piece) for piece in pieces])
         for start in range(0, len(body), CHUNK):
             if client.gone or client.dismissed:
                 return
             await send({"type": "http.response.body", "body": body[start : start + CHUNK], "more_body": True})
             self._silent_since = trio.current_time()
+        if pieces and pieces[-1] is self._last:
+            self._told = source.cursor
 
-    async def _break_silence(self, client: Client, send: Send) -> None:
+    async def _break_silence(self, source: Source[_Piece], client: Client, send: Send) -> None:
         if client.gone or trio.current_time() < self._silent_since + HEARTBEAT_SECONDS:
             return
         self._silent_since = trio.current_time()
-        if self._rendering.heartbeat:
-            await send({"type": "http.response.body", "body": self._rendering.heartbeat, "more_body": True})
+        body = self._rendering.heartbeat
+        if self._rendering.controls and self._told != source.cursor:
+            # Events that it does not see have passed: it need not come back to them.
+            self._told = source.cursor
+            body += sse.id_block(self._told)
+        if body:
+            await send({"type": "http.response.body", "body": body, "more_body": True})
+
+
+class RunStream(EventStream[Piece]):
+    """One subscriber of one run; done after `stream.end`."""
+
+    def __init__(self, store: Store, hub: Hub, run: RunRow, wish: Wish) -> None:
+        super().__init__(hub, wish, f"run {run.id}")
+        self._subscription: Subscription
+        self._store = store
+        self._run = run
+
+    @contextmanager
+    def _open(self) -> Iterator[Follower]:
+        with self._hub.attach(self._run.no, self._run.epoch) as self._subscription:
+            yield Follower(
+                self._store, self._subscription, self._run, self._wish.cursor, output=self._wish.output
+            )
+
+    async def _ride(self, source: Source[Piece], client: Client, until: float) -> bool:
+        """Ride while the bytes are the same for everybody, and the client keeps up with them."""
+        assert isinstance(source, Follower)
+        wish, peer = self._wish, self._peer
+        plain = wish.rendering == sse.EVENT_STREAM and not wish.output and wish.types is None
+        if peer is None or not (plain and source.is_live and self._hub.broadcast.enabled):
+            return False
+        with self._hub.broadcast.seat(self._run.no, self._subscription, source.after, peer) as seat:
+            await client.wait(seat.ride, until)
+        source.after = seat.after
+        self._told = source.cursor
+        self._silent_since = max(self._silent_since, seat.written_at)
+        if seat.rest is not None and not client.gone:
+            await peer.write(seat.rest)
+        self._pace.level(trio.current_time())
+        return True
+
+    def _type_of(self, piece: Piece) -> str:
+        return _type_of(piece)
+
+    def _render(self, piece: Piece | Lag) -> bytes:
+        return _RENDER[self._wish.rendering](piece, self._run.id)
 
 
 async def _pause() -> None:
@@ -245,32 +379,39 @@ async def read_page(
     output: bool,
     limit: int,
     wait: float,
+    types: frozenset[str] | None = None,
 ) -> dict[str, Any]:
     """Return a page of a stream: `{events: [{id, type, data}], next, ended}`.
 
-    Waits up to `wait` seconds for the first event. At most `limit` events and 64 KiB of data, unless the
-    first alone exceeds that. `next` is the cursor of the page that follows; `ended`: none will.
+    Waits up to `wait` seconds for the first event of `types`. At most `limit` events and 64 KiB of data, unless the
+    first alone exceeds that. `next` is the cursor of the page that follows, behind what is not of `types` as well;
+    `ended`: none will. A page that does not wait is no subscriber of the run.
 
     Raises:
       StoreError: the disk does not answer.
     """
-    deadline = trio.current_time() + wait
-    with hub.attach(run.no, run.epoch) as subscription:
+    now = trio.current_time()
+    with hub.attach(run.no, run.epoch, counted=wait > 0) as subscription:
         follower = Follower(store, subscription, run, cursor, output=output)
-        start = follower.after
-        pieces = await follower.read()
-        while not (pieces or follower.done or client.gone or subscription.closing):
-            if trio.current_time() >= deadline:
-                break
-            await client.wait(follower.wait, deadline)
+        following = follower.position
+        while True:
             pieces = await follower.read()
-    parts = [_parts(piece, run.id) for piece in pieces[:limit]]
+            following = pieces[-1].id if pieces else following
+            shown = [piece for piece in pieces if wants(types, _type_of(piece))]
+            # What is filtered out is read on through, wait or not, as long as a store may take for a page.
+            patience = max(wait, PAGE_SECONDS) if pieces else wait
+            over = follower.done or client.gone or subscription.closing
+            if shown or over or trio.current_time() >= now + patience:
+                break
+            if not pieces:
+                await client.wait(follower.wait, now + wait)
+    parts = [_parts(piece, run.id) for piece in shown[:limit]]
     return {
         "events": [
             {"id": id, "type": type, "data": msgspec.Raw(data or b"null")} for id, type, data in parts
         ],
-        "next": parts[-1][0] if parts else sse.event_id(run.epoch, start),
-        "ended": follower.done and len(pieces) <= limit,
+        "next": parts[-1][0] if len(shown) > limit else following,
+        "ended": follower.done and len(shown) <= limit,
     }
 
 

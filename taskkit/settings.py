@@ -78,6 +78,7 @@ class LimitSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
       result_bytes: of a result's JSON.
       queued_runs: that wait; then 429.
       connections: at once; then 503.
+      streams_per_connection: runs and tags that one request to `/api/v1/events` may name; then 413.
       streams_per_token: open at once by one token (its `jti`, else its `sub`); then `stream.busy`, or 429.
       auth_failures: tokens from one address that were not valid within a minute; then 429 for more. 0: no limit.
       accepts_per_second: new connections; more wait in the backlog, but for a second's worth at once.
@@ -90,6 +91,8 @@ class LimitSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
       cancel_grace_seconds: between asking a run to stop and TERM.
       kill_grace_seconds: between TERM and KILL.
       stop_grace_seconds: for open runs when the tree stops.
+      disconnect_grace_seconds: without subscribers until a run whose task has `on_disconnect="cancel"` is asked to
+        stop.
       output_lines_per_second: stored per runner; what is more is dropped with a count.
       gateway_beat_seconds: of silence after which a gateway hangs and is replaced; it beats four times in between.
       gateway_restarts: within 120 s; one more, and the supervisor gives up with exit code 4.
@@ -101,6 +104,7 @@ class LimitSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     result_bytes: _Positive = 8 * 1024 * 1024
     queued_runs: _Positive = 10_000
     connections: _Positive = 10_000
+    streams_per_connection: _Positive = 128
     streams_per_token: _Positive = 32
     auth_failures: Annotated[int, Meta(ge=0, le=1_000)] = 10
     accepts_per_second: Annotated[int, Meta(ge=1, le=100_000)] = 200
@@ -113,6 +117,7 @@ class LimitSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     cancel_grace_seconds: _Seconds = 5.0
     kill_grace_seconds: _Seconds = 2.0
     stop_grace_seconds: _Seconds = 10.0
+    disconnect_grace_seconds: _Seconds = 10.0
     output_lines_per_second: _Positive = 2_000
     gateway_beat_seconds: Annotated[float, Meta(ge=0.5, le=3_600)] = 10.0
     gateway_restarts: _Positive = 10

@@ -6,7 +6,18 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from gateway.store.removal import Removal, Removed, RunLength, Usage
-from gateway.store.rows import AttemptRow, Batch, EventRow, KeyRow, Opened, OutputRow, RunFilter, RunRow
+from gateway.store.rows import (
+    AttemptRow,
+    Batch,
+    EventRow,
+    KeyRow,
+    Mix,
+    Opened,
+    OutputRow,
+    Place,
+    RunFilter,
+    RunRow,
+)
 
 
 class StoreError(Exception):
@@ -106,6 +117,17 @@ class Store(Protocol):
     async def events(self, run: int, after: int, limit: int, max_bytes: int) -> list[EventRow]:
         """Return events with offset > `after`, oldest first: at most `limit`, and at most `max_bytes` of data
         unless the first alone exceeds it."""
+
+    async def places(self, mix: Mix, after: int, limit: int) -> tuple[list[Place], int | None]:
+        """Return where a reader at position `after` stands in the runs of `mix` that are open, named, or have more for
+        him; of ended ones with a tag at most `limit`, and then the position up to which no other one goes on."""
+
+    async def merged(
+        self, heads: Sequence[tuple[int, int]], upto: int, limit: int, max_bytes: int
+    ) -> tuple[list[EventRow], int]:
+        """Return the events that follow in runs, each with the offset it was read to, by position, up to position
+        `upto`: at most `limit`, and at most `max_bytes` of data unless the first alone exceeds it. With them the
+        position up to which that is all."""
 
     async def outputs(self, run: int, after: int, limit: int) -> list[OutputRow]:
         """Return output lines with offset > `after`, oldest first."""

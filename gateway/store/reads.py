@@ -12,7 +12,7 @@ import json
 import os
 import sqlite3
 import stat
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final, TypeVar
@@ -40,6 +40,7 @@ from gateway.store.schema import (
     RUN_COLUMNS,
     TICKET_COLUMNS,
     columns,
+    get_gaps,
 )
 from taskkit import linux
 from taskkit.identifiers import parse_run_id
@@ -68,6 +69,7 @@ def _run(values: tuple[Any, ...]) -> RunRow:
     named["cancelling"] = bool(named["cancelling"])
     named["suspect"] = bool(named["suspect"])
     named["result_expired"] = bool(named["result_expired"])
+    named["followed"] = bool(named["followed"])
     return RunRow(**named)
 
 
@@ -105,6 +107,7 @@ def opened(connection: sqlite3.Connection) -> Opened:
         tickets=_all(connection, "ticket", TICKET_COLUMNS, TicketRow),
         revocations=_all(connection, "revocation", REVOCATION_COLUMNS, RevocationRow),
         more_untold=ended == MAX_UNTOLD,
+        gaps=get_gaps(connection),
     )
 
 
@@ -161,7 +164,7 @@ def _conditions(which: RunFilter) -> Iterable[tuple[str, Any]]:
     if which.task is not None:
         yield "task = ?", which.task
     if which.tag is not None:
-        yield "EXISTS (SELECT 1 FROM json_each(run.tags) WHERE json_each.value = ?)", which.tag
+        yield "no IN (SELECT run FROM tag WHERE tag = ?)", which.tag
     if which.since is not None:
         yield "created_at >= ?", which.since
     if which.until is not None:
@@ -172,14 +175,17 @@ def _conditions(which: RunFilter) -> Iterable[tuple[str, Any]]:
         yield "no < ?", min(which.before, _MAX_INTEGER)
 
 
-def _visible(which: RunFilter) -> Iterable[tuple[str, Any]]:
-    if which.owner is not None:
-        yield "subject = ?", which.owner
+def visible(
+    owner: str | None, ids: Sequence[str] | None, tasks: Sequence[str] | None
+) -> Iterable[tuple[str, Any]]:
+    """Return conditions on a run with their values, of which one is enough; none: every run is visible."""
+    if owner is not None:
+        yield "subject = ?", owner
     # One JSON array for any number of items: SQLite allows 32,766 parameters.
-    if which.ids is not None:
-        yield "id IN (SELECT value FROM json_each(?))", json.dumps(which.ids)
-    if which.tasks is not None:
-        patterns = json.dumps([_glob(name) for name in which.tasks])
+    if ids is not None:
+        yield "id IN (SELECT value FROM json_each(?))", json.dumps(ids)
+    if tasks is not None:
+        patterns = json.dumps([_glob(name) for name in tasks])
         yield "EXISTS (SELECT 1 FROM json_each(?) WHERE run.task GLOB json_each.value)", patterns
 
 
@@ -189,12 +195,12 @@ def runs(connection: sqlite3.Connection, which: RunFilter) -> list[RunRow]:
     All its conditions must hold, except that of `ids` and `tasks` one is enough. `since` is included, `until`
     is not. In `tasks`, `*` stands for any characters.
     """
-    conditions, visible = list(_conditions(which)), list(_visible(which))
+    conditions, reach = list(_conditions(which)), list(visible(which.owner, which.ids, which.tasks))
     texts = [text for text, _ in conditions]
-    if visible:
-        texts.append(f"({' OR '.join(text for text, _ in visible)})")
+    if reach:
+        texts.append(f"({' OR '.join(text for text, _ in reach)})")
     where = f"WHERE {' AND '.join(texts)}" if texts else ""
-    values = [value for _, value in (*conditions, *visible)]
+    values = [value for _, value in (*conditions, *reach)]
     found = connection.execute(
         f"SELECT {_RUN} FROM run {where} ORDER BY no DESC LIMIT ?", (*values, max(0, which.limit))
     )
@@ -218,11 +224,17 @@ def events(
 
     At most `limit`, and at most `max_bytes` of data unless the first alone exceeds it.
     """
-    # Rows first, files later: a slow file must not keep the snapshot, and with it the WAL.
-    found = _event_rows(connection, run, min(after, _MAX_INTEGER), limit, max_bytes)
+    return filled(_event_rows(connection, run, min(after, _MAX_INTEGER), limit, max_bytes), blobs, max_bytes)
+
+
+def filled(rows: Iterable[EventRow], blobs: Path, max_bytes: int) -> list[EventRow]:
+    """Return rows with `data` filled in from `blobs`, at most `max_bytes` of it unless the first alone exceeds it.
+
+    Rows first, files later: a slow file must not keep a snapshot, and with it the WAL.
+    """
     chosen: list[EventRow] = []
     left = max_bytes
-    for row in found:
+    for row in rows:
         event = row if row.blob is None else replace(row, data=read_blob(blobs, row.blob))
         left -= len(event.data)
         if chosen and left < 0:
@@ -234,12 +246,17 @@ def events(
 def _event_rows(
     connection: sqlite3.Connection, run: int, after: int, limit: int, max_bytes: int
 ) -> list[EventRow]:
-    rows: list[EventRow] = []
-    left = max_bytes
     cursor = connection.execute(
         f'SELECT {_EVENT} FROM event WHERE run = ? AND "offset" > ? ORDER BY "offset" LIMIT ?',
         (run, after, max(0, limit)),
     )
+    return taken(cursor, max_bytes)
+
+
+def taken(cursor: sqlite3.Cursor, max_bytes: int) -> list[EventRow]:
+    """Return the rows of a query for events up to `max_bytes` of data, the first in any case; close it."""
+    rows: list[EventRow] = []
+    left = max_bytes
     with contextlib.closing(cursor):
         for values in cursor:
             event = EventRow(*values)

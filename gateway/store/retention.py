@@ -149,6 +149,10 @@ def _forget(slices: Slices, run: int, id: str, blob: str | None, removed: Remove
     removed.add(slices.prefix("event", run, 2**62))
     for table in ("attempt", "ending"):
         slices.connection.execute(f"DELETE FROM {table} WHERE run = ?", (run,))
+    slices.connection.execute(
+        "DELETE FROM tag WHERE run = ?1 AND tag IN (SELECT value FROM run, json_each(run.tags) WHERE no = ?1)",
+        (run,),
+    )
     removed.keys += slices.connection.execute("DELETE FROM idempotency WHERE run = ?", (id,)).rowcount
     slices.connection.execute("DELETE FROM run WHERE no = ?", (run,))
     removed.runs += 1

@@ -34,6 +34,7 @@ class RunRow:
       suspect: it was in a shared process that died, so it is performed alone.
       epoch: grows when its newest events may have been lost with the machine's power (gateway.store.writer).
       result_expired: it had a result, which RESULT_TTL has removed.
+      followed: it had a subscriber, and its task wants to be cancelled when it has none any more.
     """
 
     no: int
@@ -73,6 +74,7 @@ class RunRow:
     cancelling: bool = False
     crashes: int = 0
     suspect: bool = False
+    followed: bool = False
     # what only the store changes
     epoch: int = 0
     result_expired: bool = False
@@ -96,6 +98,7 @@ MUTABLE = (
     "cancelling",
     "crashes",
     "suspect",
+    "followed",
 )
 
 
@@ -263,6 +266,8 @@ class Opened:
     Attributes:
       runs: READY and RUNNING runs by number, and at most MAX_UNTOLD ended ones that Django has not been told of.
       more_untold: there are more of those.
+      gaps: after a power cut that may have taken events, positions between `low` and `high` (both exclusive) are left
+        out: whoever stands there has seen events that are gone.
       attempts: open attempts (no ending).
       sources: newest stored frame number by runner.
       next_no, next_pos: first free numbers.
@@ -281,6 +286,7 @@ class Opened:
     tickets: list[TicketRow] = field(default_factory=list)
     revocations: list[RevocationRow] = field(default_factory=list)
     more_untold: bool = False
+    gaps: list[tuple[int, int]] = field(default_factory=list)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -301,3 +307,41 @@ class RunFilter:
     tasks: tuple[str, ...] | None = None
     before: int | None = None
     limit: int = 50
+
+
+@dataclass(slots=True, frozen=True)
+class Place:
+    """Where somebody who has read up to a position of the store stands in one run.
+
+    Attributes:
+      after: offset of the newest event of the run up to there; 0: none, or it is gone.
+      next: position of the first event behind it that there is; 0: there is none.
+      last: position of the run's newest event; 0: there is none.
+      open: whether the run was open.
+    """
+
+    no: int
+    id: str
+    epoch: int
+    after: int
+    next: int
+    last: int
+    open: bool
+
+
+@dataclass(slots=True, frozen=True, kw_only=True)
+class Mix:
+    """A choice of runs whose events are read together.
+
+    Attributes:
+      runs: numbers of runs.
+      tags: every run that has one of these, as far as `owner`, `ids` and `tasks` reach.
+      owner, ids, tasks: of the runs with a tag those of such a subject, with such an id, or of such a task (`*` for any
+        characters); all None: all.
+    """
+
+    runs: tuple[int, ...] = ()
+    tags: tuple[str, ...] = ()
+    owner: str | None = None
+    ids: tuple[str, ...] | None = None
+    tasks: tuple[str, ...] | None = None

@@ -6,6 +6,7 @@ file has taken stands in its `meta` table under "schema".
 
 from __future__ import annotations
 
+import json
 import sqlite3
 from collections.abc import Iterable, Sequence
 from dataclasses import fields
@@ -162,8 +163,16 @@ _GRANTS: Final = (
     "CREATE INDEX revocation_by_age ON revocation (expires_at)",
 )
 
+#: Streams of many runs: which runs have a tag (the JSON in `run.tags` stays what a row shows), and which runs somebody
+#: has followed.
+_STREAMS: Final = (
+    "CREATE TABLE tag (tag TEXT NOT NULL, run INTEGER NOT NULL, PRIMARY KEY (tag, run)) WITHOUT ROWID",
+    "INSERT INTO tag SELECT DISTINCT json_each.value, no FROM run, json_each(run.tags)",
+    "ALTER TABLE run ADD COLUMN followed INTEGER NOT NULL DEFAULT 0",
+)
+
 #: Statements of each step.
-STEPS: Final[tuple[Sequence[str], ...]] = (_FIRST, _CRASHES, _RETENTION, _GRANTS)
+STEPS: Final[tuple[Sequence[str], ...]] = (_FIRST, _CRASHES, _RETENTION, _GRANTS, _STREAMS)
 
 
 def columns(names: Iterable[str]) -> str:
@@ -182,6 +191,11 @@ def set_meta(connection: sqlite3.Connection, key: str, value: str) -> None:
     connection.execute(
         "INSERT INTO meta VALUES (?, ?) ON CONFLICT (key) DO UPDATE SET value = excluded.value", (key, value)
     )
+
+
+def get_gaps(connection: sqlite3.Connection) -> list[tuple[int, int]]:
+    """Return the ranges of positions that were left out after a power cut (gateway.store.rows.Opened.gaps)."""
+    return [(low, high) for low, high in json.loads(get_meta(connection, "gaps") or "[]")]
 
 
 def migrate(connection: sqlite3.Connection, steps: Sequence[Sequence[str]] = STEPS) -> None:

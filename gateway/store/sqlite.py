@@ -10,7 +10,7 @@ import logging
 import os
 import sqlite3
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, TypeVar
@@ -18,9 +18,20 @@ from typing import Any, Final, TypeVar
 import psutil
 import trio
 
-from gateway.store import reads
+from gateway.store import mixing, reads
 from gateway.store.protocol import StoreError
-from gateway.store.rows import AttemptRow, Batch, EventRow, KeyRow, Opened, OutputRow, RunFilter, RunRow
+from gateway.store.rows import (
+    AttemptRow,
+    Batch,
+    EventRow,
+    KeyRow,
+    Mix,
+    Opened,
+    OutputRow,
+    Place,
+    RunFilter,
+    RunRow,
+)
 from gateway.store.serial import SerialThread
 from gateway.store.upkeep import SqliteUpkeep
 from gateway.store.writer import BUSY_SECONDS, Checkpoint, Writer, checkpoint, connect, prepare
@@ -337,6 +348,16 @@ class SqliteStore:
         """Return events with offset > `after`, oldest first: at most `limit`, and at most `max_bytes` of data
         unless the first alone exceeds it. `data` is filled in from blobs/ as well."""
         return await self._read(reads.events, self.blobs, run, after, limit, max_bytes)
+
+    async def places(self, mix: Mix, after: int, limit: int) -> tuple[list[Place], int | None]:
+        """Return where a reader at position `after` stands in many runs (see gateway.store.mixing.places)."""
+        return await self._read(mixing.places, mix, after, limit)
+
+    async def merged(
+        self, heads: Sequence[tuple[int, int]], upto: int, limit: int, max_bytes: int
+    ) -> tuple[list[EventRow], int]:
+        """Return the events that follow in many runs (see gateway.store.mixing.merged)."""
+        return await self._read(mixing.merged, self.blobs, heads, upto, limit, max_bytes)
 
     async def outputs(self, run: int, after: int, limit: int) -> list[OutputRow]:
         """Return output lines with offset > `after`, oldest first."""

@@ -54,6 +54,7 @@ PURE = (
     "gateway.sse",
     "gateway.dialects",
     "gateway.handshake",
+    "gateway.selection",
     "gateway.submission",
     "gateway.arguments",
     "gateway.output",

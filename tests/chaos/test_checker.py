@@ -316,6 +316,18 @@ def test_rolled_back_is_noticed_by_what_was_performed_alone() -> None:
     assert "rolled back" in made.rules()
 
 
+def test_who_lags_may_miss_progress_and_nothing_else() -> None:
+    events = [*story(n=2), ("run.progress", say(RUN, 1)), ("run.progress", say(RUN, 1)), *story()[3:], END]
+    made = Made(events)
+    lag = Seen(3, "stream.lag", b"", 0.3, 0.0)
+    made.watch.seen = [*made.watch.seen[:3], lag, *made.watch.seen[4:]]
+    assert made.rules() == set()
+    made.watch.seen.remove(lag)
+    assert made.rules() == {"hole"}, "unannounced"
+    made.watch.seen = [*made.watch.seen[:2], lag, *made.watch.seen[3:]]
+    assert made.rules() == {"hole"}, "an event of the task"
+
+
 def test_a_second_attempt_counts_anew() -> None:
     events = [*story(n=2), ("run.retrying", say(RUN, 1)), *story(attempt=2), END]
     made = Made(events)

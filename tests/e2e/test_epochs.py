@@ -30,6 +30,13 @@ def read_until(tree: Tree, run: str, events: int) -> list[SseEvent]:
     raise AssertionError(f"it ended behind {found[-1]}")
 
 
+def position_of(tree: Tree, run: str, event: SseEvent) -> str:
+    """Return the position of an event in the store, its id on a stream of many runs."""
+    url = f"{tree.url}/api/v1/events?run={run}"
+    with raw_get(url, token=tree.token()) as response:
+        return next(same.id for same in response.events() if same.data == event.data)
+
+
 def pull_the_plug(tree: Tree) -> None:
     """End every process at once; nobody gets to write another byte."""
     everybody = {psutil.Process(tree.pid), *psutil.Process(tree.pid).children(recursive=True)}
@@ -50,6 +57,9 @@ def lose_rows(store: Path) -> None:
         ((run, tail),) = connection.execute("SELECT no, tail FROM run WHERE status = 'RUNNING'").fetchall()
         connection.execute('DELETE FROM event WHERE run = ? AND "offset" > ?', (run, tail - 6))
         connection.execute("UPDATE run SET tail = ? WHERE no = ?", (tail - 6, run))
+        connection.execute(
+            "UPDATE sqlite_sequence SET seq = (SELECT max(pos) FROM event) WHERE name = 'event'"
+        )
 
 
 def lose_frames(store: Path) -> None:
@@ -84,6 +94,7 @@ def test_a_power_cut_is_a_reset_for_those_who_saw_more(tmp_path: Path, lose: Cal
         tree.wait(done)
         run = tree.submit("proj.count", n=60, delay=0.02)["id"]
         seen = read_until(tree, run, 40)
+        position = position_of(tree, run, seen[-1])
         pull_the_plug(tree)
         lose(store)
         left = boot_anew(store)
@@ -92,6 +103,12 @@ def test_a_power_cut_is_a_reset_for_those_who_saw_more(tmp_path: Path, lose: Cal
         again = trees.enter_context(Tree(tmp_path))
         url, token = f"{again.url}/api/v1/runs/{run}/events", again.token()
         events = collect(url, token, after=seen[-1].id)
+        mixed = f"{again.url}/api/v1/events?run={run}&until=done"
+        with raw_get(mixed, token=token, headers={"Last-Event-ID": position}) as response:
+            reset, *rest = response.events()
+        assert (reset.id, reset.json) == ("0", {"from": 1, "reason": "epoch"})
+        assert [event.data for event in rest] == [event.data for event in events[1:]]
+        assert int(rest[-1].id) > int(position), "no position is given out twice"
         assert (events[0].type, events[0].id) == ("stream.reset", "e1-0")
         assert events[0].json == {"from": 1, "reason": "epoch"}
         assert [event.id for event in events[1:]] == [f"e1-{n}" for n in range(1, len(events))]

@@ -102,6 +102,12 @@ def patient(seconds: float = 60.0) -> None:
         raise
 
 
+@task(on_disconnect="cancel")
+def shy(seconds: float = 60.0) -> None:
+    """Say `ready`, wait; not without a subscriber."""
+    patient(seconds)
+
+
 @task
 async def apatient(seconds: float = 60.0) -> None:
     """Say `ready`, wait; clean up with an event when cancelled."""

@@ -21,7 +21,18 @@ from gateway.grants import Grants, Revocation
 from gateway.retention import Retention
 from gateway.store.protocol import StoreError
 from gateway.store.removal import Removal, Removed, RunLength, Usage
-from gateway.store.rows import AttemptRow, Batch, EventRow, KeyRow, Opened, OutputRow, RunFilter, RunRow
+from gateway.store.rows import (
+    AttemptRow,
+    Batch,
+    EventRow,
+    KeyRow,
+    Mix,
+    Opened,
+    OutputRow,
+    Place,
+    RunFilter,
+    RunRow,
+)
 from gateway.submission import Catalogue, Submission
 from taskkit import tokens
 from taskkit.errors import IdempotencyConflict, LifecycleError
@@ -214,6 +225,41 @@ class MemoryStore:
             found.append(row)
         return found
 
+    async def places(self, mix: Mix, after: int, limit: int) -> tuple[list[Place], int | None]:
+        await self._check()
+        found = [self._place(row, after) for row in self.rows.values() if _mixes(mix, row)]
+        kept = [place for place in found if place.open or place.no in mix.runs]
+        ended = sorted(
+            (place for place in found if place.next and place not in kept), key=lambda place: place.next
+        )
+        return kept + ended[:limit], ended[limit].next - 1 if len(ended) > limit else None
+
+    def _place(self, row: RunRow, after: int) -> Place:
+        events = self.event_rows.get(row.no, [])
+        seen = max((event.offset for event in events if event.pos <= after), default=0)
+        following = min((event.pos for event in events if event.pos > after), default=0)
+        last = max((event.pos for event in events), default=0)
+        return Place(row.no, row.id, row.epoch, seen, following, last, not row.status.is_terminal)
+
+    async def merged(
+        self, heads: Sequence[tuple[int, int]], upto: int, limit: int, max_bytes: int
+    ) -> tuple[list[EventRow], int]:
+        await self._check()
+        rows = [
+            event
+            for run, after in heads
+            for event in self.event_rows.get(run, [])
+            if event.offset > after and event.pos <= upto
+        ]
+        found: list[EventRow] = []
+        size = 0
+        for row in sorted(rows, key=lambda row: row.pos):
+            size += len(row.data)
+            if found and (size > max_bytes or len(found) >= limit):
+                return found, found[-1].pos
+            found.append(row)
+        return found, upto
+
     async def outputs(self, run: int, after: int, limit: int) -> list[OutputRow]:
         await self._check()
         return [row for row in self.output_rows.get(run, []) if row.offset > after][:limit]
@@ -258,6 +304,13 @@ def _selects(which: RunFilter, row: RunRow) -> bool:
     )
 
 
+def _mixes(mix: Mix, row: RunRow) -> bool:
+    visible = mix.ids is None and mix.tasks is None
+    visible = visible or row.id in (mix.ids or ())
+    visible = visible or any(fnmatchcase(row.task, pattern) for pattern in mix.tasks or ())
+    return row.no in mix.runs or (visible and not set(mix.tags).isdisjoint(row.tags))
+
+
 @dataclass
 class View:
     """A runner as the engine shows it."""
@@ -292,6 +345,7 @@ class StubEngine:
     ordered: list[tuple[str, bool]] = field(default_factory=list)
     held: set[str] = field(default_factory=set)
     grants: Grants = field(default_factory=lambda: Grants(Opened({}, [], {}, 1, 1)))
+    position: int = 0
 
     async def submit(self, submission: Submission) -> tuple[RunRow, bool]:
         await trio.lowlevel.checkpoint()
@@ -330,6 +384,7 @@ class StubEngine:
                 submission.subject, submission.key, submission.digest, row.id, row.created_at
             )
         self.hub.opened(row.no, 0)
+        self.changes.publish([replace(row)])
         return row
 
     async def cancel(self, run: RunRow, grace: float | None) -> RunRow:
@@ -393,18 +448,31 @@ class StubEngine:
         self.store.rows[no] = row
         self.store.event_rows.setdefault(no, [])
         self.hub.opened(no, row.tail)
+        self.changes.publish([replace(row)])
         return row
 
     def emit(self, run: RunRow, *events: tuple[str, Any]) -> None:
         """Commit events, then publish them."""
+        self.publish(self.commit(run, *events))
+
+    def commit(self, run: RunRow, *events: tuple[str, Any]) -> list[EventRow]:
+        """Commit events; they are not published."""
         row = self.store.rows[run.no]
         new: list[EventRow] = []
         for type, data in events:
             row.tail += 1
+            self.position += 1
             packed = data if isinstance(data, bytes) else msgspec.json.encode(data)
-            new.append(EventRow(row.tail, run.no, row.tail, 1, type, packed, 1_700_000_000.0))
+            new.append(EventRow(self.position, run.no, row.tail, 1, type, packed, 1_700_000_000.0))
         self.store.event_rows.setdefault(run.no, []).extend(new)
-        self.hub.publish(run.no, new)
+        return new
+
+    def publish(self, events: list[EventRow]) -> None:
+        """Publish committed events, those of one round."""
+        for no in dict.fromkeys(event.run for event in events):
+            self.hub.publish(no, [event for event in events if event.run == no])
+        if events:
+            self.hub.settled(events[-1].pos)
 
     def say(self, run: RunRow, *texts: str, stream: str = "stdout") -> None:
         """Commit output lines, then publish them."""

@@ -250,7 +250,7 @@ async def gate(
     (directory / "blobs").mkdir(exist_ok=True)
     store = SqliteStore(directory, boot_id="boot")
     opened = await store.open()
-    hub = Hub()
+    hub = Hub(opened.next_pos - 1, opened.gaps)
     told: list[Message] = []
     engine = Engine(
         store=wrap(store),

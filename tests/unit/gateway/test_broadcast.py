@@ -82,7 +82,7 @@ class World:
     """A hub whose broadcast runs, with one run."""
 
     def __init__(self, fast_path: bool = True) -> None:
-        self.hub = Hub(fast_path)
+        self.hub = Hub(fast_path=fast_path)
         self.hub.opened(RUN, 0)
         self.tail = 0
 

@@ -92,6 +92,7 @@ async def test_nobody_listens_nothing_is_kept() -> None:
     assert hub.statistics() == {
         "runs": 1,
         "subscribers": 0,
+        "multiplexed": 0,
         "ring_events": 0,
         "ring_bytes": 0,
         "published": 50,

@@ -27,6 +27,21 @@ def test_a_name_cannot_forge_an_event() -> None:
     assert b"\0" not in block
 
 
+def test_a_position_is_a_number() -> None:
+    assert sse.parse_position("17", {}) == Cursor(offset=17)
+    assert sse.parse_position(None, {"after": "latest"}).origin is Origin.LATEST
+    for text in ("e1-3", "3.4"):
+        with pytest.raises(ValueError, match="of a stream of one run"):
+            sse.parse_position(text, {})
+
+
+def test_what_leaves_the_cursor_alone_has_no_id() -> None:
+    assert sse.event_bytes(None, "stream.lag", b"{}") == b"event: stream.lag\ndata: {}\n\n"
+    assert sse.ndjson_line(None, "stream.lag", b"{}") == b'{"type":"stream.lag","data":{}}\n'
+    assert sse.id_block("e1-3") == b"id: e1-3\n\n"
+    assert sse.lag_data(3, "r") == b'{"skipped":3,"_run":"r"}'
+
+
 @pytest.mark.parametrize("data", [b"a\nb", b"a\rb", b"a\r\nb"])
 def test_data_is_split_at_every_line_break(data: bytes) -> None:
     assert sse.event_bytes(1, "x", data) == b"id: 1\nevent: x\ndata: a\ndata: b\n\n"

@@ -70,3 +70,16 @@ def test_meta_holds_the_newest_value(connection: sqlite3.Connection) -> None:
     set_meta(connection, "boot_id", "a")
     set_meta(connection, "boot_id", "b")
     assert get_meta(connection, "boot_id") == "b"
+
+
+def test_runs_of_before_are_found_by_their_tags(connection: sqlite3.Connection) -> None:
+    """The tags of a store of three steps are taken over into their table."""
+    migrate(connection, STEPS[:3])
+    names = [name for _, name, *_ in connection.execute("PRAGMA table_info(run)")]
+    values = dict.fromkeys(names, 0) | {"no": 1, "id": "a", "tags": '["x", "y\\"", "x"]'}
+    connection.execute(f"INSERT INTO run VALUES ({', '.join('?' * len(names))})", list(values.values()))
+    values |= {"no": 2, "id": "b", "tags": "[]"}
+    connection.execute(f"INSERT INTO run VALUES ({', '.join('?' * len(names))})", list(values.values()))
+    migrate(connection)
+    assert connection.execute("SELECT tag, run FROM tag ORDER BY tag").fetchall() == [("x", 1), ('y"', 1)]
+    assert connection.execute("SELECT followed FROM run").fetchall() == [(0,), (0,)]

@@ -12,7 +12,7 @@ import pytest
 
 from gateway.store import reads
 from gateway.store.rows import Batch
-from gateway.store.writer import Checkpoint, WalGauge, Writer, checkpoint, connect, prepare
+from gateway.store.writer import GAP, Checkpoint, WalGauge, Writer, checkpoint, connect, prepare
 from taskkit.lifecycle import RunStatus
 from tests.unit.gateway.store import samples
 from tests.unit.gateway.store.samples import write
@@ -213,6 +213,38 @@ class TestEpoch:
     def test_durability_power_loses_nothing(self, path: Path) -> None:
         _die(self._leave(path, "power"))
         assert self._epochs(path, "boot-2") == [0, 0]
+
+
+class TestGap:
+    """Positions that a lost event may have had are not given out again, and who stands there is known."""
+
+    def _opened(self, path: Path, boot_id: str) -> tuple[int, list[tuple[int, int]]]:
+        with closing(Writer(path, boot_id=boot_id, durability="process")) as writer:
+            found = reads.opened(writer.connection)
+        return found.next_pos, found.gaps
+
+    def test_positions_leap_when_the_machine_went_down(self, path: Path) -> None:
+        writer = Writer(path, boot_id="boot-1", durability="process")
+        write(writer, runs=[samples.run(1)], events=[samples.event(1, 1, 1), samples.event(2, 1, 2)])
+        _die(writer)
+        writer = Writer(path, boot_id="boot-2", durability="process")
+        found = reads.opened(writer.connection)
+        assert (found.next_pos, found.gaps) == (GAP + 3, [(2, GAP + 2)])
+        write(writer, events=[samples.event(GAP + 3, 1, 3)])
+        _die(writer)
+        assert self._opened(path, "boot-3") == (2 * GAP + 4, [(2, GAP + 2), (GAP + 3, 2 * GAP + 3)])
+
+    def test_so_they_do_when_nothing_was_left(self, path: Path) -> None:
+        writer = Writer(path, boot_id="boot-1", durability="process")
+        write(writer, runs=[samples.run(1)])
+        _die(writer)
+        assert self._opened(path, "boot-2") == (GAP + 1, [(0, GAP)])
+
+    def test_otherwise_they_go_on(self, path: Path) -> None:
+        writer = Writer(path, boot_id="boot-1", durability="process")
+        write(writer, runs=[samples.run(1)], events=[samples.event(1, 1, 1)])
+        _die(writer)
+        assert self._opened(path, "boot-1") == (2, [])
 
 
 class TestWal:
