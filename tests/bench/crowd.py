@@ -41,6 +41,9 @@ SIZE = 100
 BEFORE = 100
 SMALL_BUFFER = 4_096
 
+#: A crowd comes at once, with one token.
+LIMITS = {"accepts_per_second": 100_000, "streams_per_token": 100_000}
+
 _STAMP = re.compile(rb'"_timestamp":"([^"]+)"')
 _PATIENCE = 120.0
 
@@ -145,7 +148,7 @@ def measure(repetitions: int, crowd: int, events: int) -> list[Figure]:
     """Measure so many pairs of rounds with so many subscribers and events."""
     alive: list[dict[str, float]] = []
     stuck: list[dict[str, float]] = []
-    with Tree(runners=RUNNERS) as tree:
+    with Tree(runners=RUNNERS, env={"TASKKIT_LIMITS": json.dumps(LIMITS)}) as tree:
         one_round(tree, min(crowd, 100), 0, 50)
         for _ in range(repetitions):
             alive.append(one_round(tree, crowd, 0, events))
