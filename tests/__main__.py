@@ -49,7 +49,7 @@ BESIDE = "moments"
 
 #: Groups whose files are dealt to several processes: end-to-end tests wait most of the time. What measures time is
 #: marked `alone`, and is.
-SIDE_BY_SIDE = {"e2e": 2}
+SIDE_BY_SIDE = {"e2e": 2, "edges": 2}
 
 LINTERS = (("ruff", "check", "."), ("ruff", "format", "--check", "."), ("mypy",))
 
