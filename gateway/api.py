@@ -16,7 +16,9 @@ from starlette.types import ASGIApp
 
 from gateway import snapshot, sse
 from gateway.auth import Authenticator
+from gateway.batch import Batching
 from gateway.face import Engine, RunnerView
+from gateway.fields import Field, parse_time, read, seconds
 from gateway.following import wait_for_end
 from gateway.keeping import Keeping
 from gateway.leaving import watched
@@ -35,7 +37,6 @@ from gateway.retention import Retention
 from gateway.store.protocol import Store, StoreError
 from gateway.store.rows import AttemptRow, OutputRow, RunFilter, RunRow
 from gateway.stream import RENDERINGS, RunStream, Wish, is_over, read_page
-from gateway.submission import parse_time
 from gateway.submitting import Submitting
 from taskkit.errors import Forbidden, InvalidArguments, UnknownTask
 from taskkit.identifiers import parse_run_id
@@ -47,6 +48,13 @@ TAIL_LINES: Final = 20
 TAIL_ATTEMPTS: Final = 5
 
 MAX_GRACE: Final = 3600.0  # seconds
+
+#: What a cancellation may say.
+CANCEL_FIELDS: Final[Mapping[str, Field]] = {
+    "grace": seconds(MAX_GRACE).about(
+        "Between asking the run to stop and TERM; a later, longer one changes nothing."
+    )
+}
 
 #: Seconds in which the store has to answer /ready.
 READY_SECONDS: Final = 2.0
@@ -64,6 +72,7 @@ class Api:
         self._retention = retention
         self._keeping = Keeping(engine, authenticator, retention)
         self._submitting = Submitting(engine, authenticator)
+        self._batching = Batching(engine, authenticator, self._submitting)
         self._operating = Operating(engine, authenticator)
 
     def routes(self) -> list[Route]:
@@ -71,6 +80,7 @@ class Api:
         base = snapshot.API
         return [
             Route(f"{base}/runs", Resource(get=self.list_runs, post=self._submitting.submit)),
+            Route(f"{base}/runs/batch", Resource(post=self._batching.submit)),
             Route(f"{base}/runs/{{id}}", Resource(get=self.show_run)),
             Route(f"{base}/runs/{{id}}/result", Resource(get=self.show_result)),
             Route(f"{base}/runs/{{id}}/events", Resource(get=self.follow_run)),
@@ -209,7 +219,7 @@ class Api:
             raise Refusal("unknown-run", "there is no such run, or the token does not reach it")
         return run
 
-    async def _snapshot(self, run: RunRow, claims: Claims) -> dict[str, Any]:
+    async def _snapshot(self, run: RunRow, claims: Claims) -> snapshot.Snapshot:
         store = self._engine.store
         attempts = await store.attempts(run.no)
         oldest = await store.events(run.no, 0, 1, 1) if run.tail else []
@@ -362,11 +372,8 @@ def _sees_task(claims: Claims, name: str) -> bool:
 
 
 def _grace(body: Mapping[str, Any]) -> float | None:
-    errors = {str(key)[:100]: "is no field here; there is grace" for key in body if key != "grace"}
-    grace = body.get("grace")
-    fine = isinstance(grace, int | float) and not isinstance(grace, bool) and 0 <= grace <= MAX_GRACE
-    if grace is not None and not fine:
-        errors["grace"] = f"must be a number of seconds from 0 to {MAX_GRACE:g}"
+    errors: dict[str, str] = {}
+    grace = read(body, CANCEL_FIELDS, errors).get("grace")
     if errors:
         raise InvalidArguments("the cancellation is invalid", errors=errors)
     return None if grace is None else float(grace)

@@ -15,13 +15,13 @@ import logging
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 import trio
 
-from gateway.accepting import Acceptance
+from gateway.accepting import Acceptance, Outcome
 from gateway.book import Book
 from gateway.changes import Changes
 from gateway.fanout import Hub
@@ -167,6 +167,10 @@ class Engine:
     async def submit(self, submission: Submission) -> tuple[RunRow, bool]:
         """Make a run of `submission`; see `Acceptance.submit`."""
         return await self._acceptance.submit(submission)
+
+    async def submit_all(self, submissions: Sequence[Submission]) -> list[Outcome]:
+        """Make a run of each submission, in one commit; see `Acceptance.submit_all`."""
+        return await self._acceptance.submit_all(submissions)
 
     def check_store(self) -> None:
         """Refuse what would have to be written.

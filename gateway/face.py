@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Protocol
 
+from gateway.accepting import Outcome
 from gateway.changes import Changes
 from gateway.fanout import Hub
 from gateway.store.protocol import Store
@@ -53,6 +54,9 @@ class Engine(Protocol):
 
     async def submit(self, submission: Submission) -> tuple[RunRow, bool]:
         """Return the run, on disk, and whether it existed before. Raises SubmitError, StoreError."""
+
+    async def submit_all(self, submissions: Sequence[Submission]) -> list[Outcome]:
+        """Return what became of each submission, in one commit. Never raises what concerns them all: each says it."""
 
     async def cancel(self, run: RunRow, grace: float | None) -> RunRow:
         """Ask the run to stop. Raises LifecycleError when it has ended."""

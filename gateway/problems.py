@@ -166,21 +166,28 @@ def problem(
 def from_submit_error(error: SubmitError, instance: str | None = None) -> Response:
     """Return the problem of a submission that cannot become a run."""
     headers = {}
-    if error.retry_after is not None:
+    if (seconds := _retry_after(error)) is not None:
         # The header counts whole seconds (RFC 9110 §10.2.3); the member keeps the fraction.
-        headers["Retry-After"] = str(math.ceil(error.retry_after))
+        headers["Retry-After"] = str(math.ceil(seconds))
     if isinstance(error, Forbidden):
         headers["WWW-Authenticate"] = challenge("insufficient_scope", str(error))
-    return problem(
-        error.status,
-        error.code,
-        str(error),
-        instance=instance,
-        headers=headers,
-        errors=error.errors or None,
-        retry_after=error.retry_after,
-        run=error.run,
-    )
+    return problem(error.status, error.code, str(error), instance=instance, headers=headers, **_told(error))
+
+
+def of_submit_error(error: SubmitError, instance: str, **extra: Any) -> bytes:
+    """Return the same problem as a document, for an answer that holds others beside it."""
+    return document(error.status, error.code, str(error), instance=instance, **_told(error), **extra)
+
+
+def _told(error: SubmitError) -> dict[str, Any]:
+    """Return the further members of the problem of a submission."""
+    return {"errors": error.errors or None, "retry_after": _retry_after(error), "run": error.run}
+
+
+def _retry_after(error: SubmitError) -> float | None:
+    """Return seconds to come back after: whatever passes by itself says some."""
+    passes = error.status in (429, 503)
+    return STORE_RETRY if passes and error.retry_after is None else error.retry_after
 
 
 def from_token_error(error: TokenError, instance: str | None = None) -> Response:

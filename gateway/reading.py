@@ -18,7 +18,7 @@ import trio
 from starlette.requests import Request
 from starlette.responses import Response
 
-from gateway.problems import problem
+from gateway.problems import CODES, document, problem
 
 #: Seconds for a whole body. 1 MiB in that time is 35 KB/s, slower than any line worth serving; without a
 #: limit a client that sends a byte a minute would hold its connection for ever (Slowloris).
@@ -62,6 +62,12 @@ async def on_refusal(request: Request, error: Exception) -> Response:
     )
 
 
+def document_of(error: Refusal, instance: str, **extra: Any) -> bytes:
+    """Return the same problem as a document, for an answer that holds others beside it."""
+    status = error.status or CODES[error.code].status
+    return document(status, error.code, str(error), instance=instance, **error.extra, **extra)
+
+
 async def read_object(request: Request, max_bytes: int) -> dict[str, Any]:
     """Return the JSON object in the request's body; an absent body is an empty object.
 
@@ -75,16 +81,16 @@ async def read_object(request: Request, max_bytes: int) -> dict[str, Any]:
     return parse_object(body) if body else {}
 
 
-async def read_body_of_json(request: Request, max_bytes: int) -> bytes:
-    """Return the body of a request that says it is JSON, or says nothing.
+async def read_body_of_json(request: Request, max_bytes: int, limit: str = "LIMITS.body_bytes") -> bytes:
+    """Return the body of a request that says it is JSON, or says nothing; `limit` names the setting that bounds it.
 
     Raises:
       Refusal: 415, 413 (as soon as it is too long, or announced so), 408 after BODY_SECONDS. The client's
       fault. ClientDisconnect: the client left within its body.
     """
     _check_type(request)
-    _check_length(request, max_bytes)
-    return await _read_body(request, max_bytes)
+    _check_length(request, max_bytes, limit)
+    return await _read_body(request, max_bytes, limit)
 
 
 def _check_type(request: Request) -> None:
@@ -100,23 +106,23 @@ def _check_type(request: Request) -> None:
         )
 
 
-def _check_length(request: Request, max_bytes: int) -> None:
+def _check_length(request: Request, max_bytes: int, limit: str) -> None:
     length = request.headers.get("content-length", "")
     if length.isascii() and length.isdecimal() and int(length[:20]) > max_bytes:
-        raise _too_large(max_bytes)
+        raise _too_large(max_bytes, limit)
 
 
-def _too_large(max_bytes: int) -> Refusal:
+def _too_large(max_bytes: int, limit: str) -> Refusal:
     # The rest of the body is not read: the connection cannot serve another request.
     return Refusal(
         "too-large",
-        f"the body exceeds LIMITS.body_bytes = {max_bytes}",
+        f"the body exceeds {limit} = {max_bytes}",
         headers={"Connection": "close"},
         max_bytes=max_bytes,
     )
 
 
-async def _read_body(request: Request, max_bytes: int) -> bytes:
+async def _read_body(request: Request, max_bytes: int, limit: str) -> bytes:
     body = bytearray()
     with trio.move_on_after(BODY_SECONDS) as scope:
         # Closed at once when it is left early: trio warns of generators that only the collector ends.
@@ -124,7 +130,7 @@ async def _read_body(request: Request, max_bytes: int) -> bytes:
             async for chunk in chunks:
                 body += chunk
                 if len(body) > max_bytes:
-                    raise _too_large(max_bytes)
+                    raise _too_large(max_bytes, limit)
     if scope.cancelled_caught:
         raise Refusal(
             "bad-request",

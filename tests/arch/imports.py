@@ -48,6 +48,7 @@ PURE = (
     "taskkit.settings",
     "gateway.sse",
     "gateway.submission",
+    "gateway.fields",
     "gateway.arguments",
     "gateway.output",
     "gateway.book",

@@ -13,6 +13,7 @@ import httpx
 import msgspec
 import trio
 
+from gateway.accepting import Outcome
 from gateway.app import build_app
 from gateway.auth import Authenticator
 from gateway.changes import Changes
@@ -23,7 +24,7 @@ from gateway.store.removal import Removal, Removed, RunLength, Usage
 from gateway.store.rows import AttemptRow, Batch, EventRow, KeyRow, Opened, OutputRow, RunFilter, RunRow
 from gateway.submission import Catalogue, Submission
 from taskkit import tokens
-from taskkit.errors import IdempotencyConflict, LifecycleError
+from taskkit.errors import IdempotencyConflict, LifecycleError, SubmitError
 from taskkit.lifecycle import RunStatus
 from taskkit.settings import Settings
 from taskkit.wire.messages import Answer, Created, Row, TaskInfo
@@ -158,7 +159,7 @@ class MemoryStore:
         self.event_rows: dict[int, list[EventRow]] = {}
         self.output_rows: dict[int, list[OutputRow]] = {}
         self.attempt_rows: list[AttemptRow] = []
-        self.keys: dict[tuple[str, str], KeyRow] = {}
+        self.keys_used: dict[tuple[str, str], KeyRow] = {}
         self.broken = False
         self.reads = 0
         self.blobs: dict[str, bytes] = {}
@@ -180,6 +181,10 @@ class MemoryStore:
     async def run(self, id: str) -> RunRow | None:
         await self._check()
         return next((replace(row) for row in self.rows.values() if row.id == id), None)
+
+    async def runs_by_id(self, ids: Sequence[str]) -> dict[str, RunRow]:
+        await self._check()
+        return {row.id: replace(row) for row in self.rows.values() if row.id in ids}
 
     async def runs(self, which: RunFilter) -> list[RunRow]:
         await self._check()
@@ -223,7 +228,11 @@ class MemoryStore:
 
     async def key(self, subject: str, key: str) -> KeyRow | None:
         await self._check()
-        return self.keys.get((subject, key))
+        return self.keys_used.get((subject, key))
+
+    async def keys(self, subject: str, keys: Sequence[str]) -> dict[str, KeyRow]:
+        await self._check()
+        return {key: self.keys_used[subject, key] for key in keys if (subject, key) in self.keys_used}
 
     async def blob(self, name: str) -> bytes:
         await self._check()
@@ -293,7 +302,7 @@ class StubEngine:
         await trio.lowlevel.checkpoint()
         if self.refusal is not None:
             raise self.refusal
-        known = self.store.keys.get((submission.subject, submission.key or ""))
+        known = self.store.keys_used.get((submission.subject, submission.key or ""))
         if known is not None:
             if known.digest != submission.digest:
                 raise IdempotencyConflict("the key was used with another body")
@@ -305,6 +314,15 @@ class StubEngine:
             return existing, True
         self.submissions.append(submission)
         return self.add(submission), False
+
+    async def submit_all(self, submissions: Sequence[Submission]) -> list[Outcome]:
+        outcomes: list[Outcome] = []
+        for submission in submissions:
+            try:
+                outcomes.append(await self.submit(submission))
+            except SubmitError as error:
+                outcomes.append(error)
+        return outcomes
 
     def add(self, submission: Submission) -> RunRow:
         row = RunRow(
@@ -322,7 +340,7 @@ class StubEngine:
         )
         self.store.rows[row.no] = row
         if submission.key is not None:
-            self.store.keys[submission.subject, submission.key] = KeyRow(
+            self.store.keys_used[submission.subject, submission.key] = KeyRow(
                 submission.subject, submission.key, submission.digest, row.id, row.created_at
             )
         self.hub.opened(row.no, 0)
