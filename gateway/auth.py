@@ -83,6 +83,16 @@ class Authenticator:
         return f"origin {origin[:200]!r} is not in CORS_ORIGINS; add it, or send a Bearer token"
 
 
+def require_sight_of_all(claims: Claims) -> None:
+    """Refuse a token of single runs: processes and counts tell about everybody's.
+
+    Raises:
+      Forbidden: it has neither `operate` nor `read` of every run.
+    """
+    if not (claims.may("operate") or (claims.may("read") and claims.runs == "*")):
+        raise Forbidden("the token needs 'operate', or 'read' of every run")
+
+
 def _bearer(headers: list[str]) -> str:
     """Return the token of the Authorization header (RFC 6750 §2.1; the scheme in any letter case)."""
     scheme, _, token = headers[0].strip().partition(" ")

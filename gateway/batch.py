@@ -20,14 +20,24 @@ from starlette.responses import Response
 
 from gateway import problems
 from gateway.auth import Authenticator
+from gateway.describing import Description, document
+from gateway.documents import BatchAnswer
 from gateway.face import Engine
+from gateway.fields import array, body_schema, text
 from gateway.leaving import Client, watched
 from gateway.reading import Parameters, Refusal, document_of, parse_object, read_body_of_json
 from gateway.resource import answer
 from gateway.snapshot import BatchOutcome, accepted
 from gateway.store.rows import RunRow
-from gateway.submission import Submission
-from gateway.submitting import MAX_KEY, RETRY_AFTER, Submitting, check_ownership, idempotency_key
+from gateway.submission import FIELDS, Submission
+from gateway.submitting import (
+    IDEMPOTENCY_KEY,
+    MAX_KEY,
+    RETRY_AFTER,
+    Submitting,
+    check_ownership,
+    idempotency_key,
+)
 from taskkit import failpoints
 from taskkit.errors import InvalidArguments, NotWritable, SubmitError
 from taskkit.tokens import Claims
@@ -38,6 +48,13 @@ ROW_SECONDS: Final = 30.0
 
 #: Name of an item's own idempotency key.
 KEY: Final = "idempotency_key"
+
+#: What an item may contain beyond a submission.
+KEY_FIELD: Final = text(1, MAX_KEY).about("As the header, for this item.")
+
+_SCHEMA: Final = body_schema({"runs": array().about("Submissions, at most LIMITS.batch_runs.")}, ["runs"])
+_SCHEMA["properties"]["runs"]["items"] = body_schema({**FIELDS, KEY: KEY_FIELD}, ["task"])
+_SCHEMA["properties"]["runs"]["minItems"] = 1
 
 
 class Envelope(msgspec.Struct, forbid_unknown_fields=True):
@@ -77,6 +94,13 @@ class Batching:
         self._authenticator = authenticator
         self._submitting = submitting
 
+    @Description(
+        needs="submit",
+        headers=(IDEMPOTENCY_KEY,),
+        body=_SCHEMA,
+        answers={200: document(BatchAnswer, "An outcome per item, in their order.")},
+        problems=("invalid-arguments",),
+    )
     async def submit(self, request: Request) -> Response:
         """Submit up to LIMITS.batch_runs runs: 200 with one outcome per item, in their order."""
         claims = self._authenticator.require(request, "submit")
@@ -161,14 +185,13 @@ class Batching:
         outcomes = [self._outcome(item, claims, path) for item in items]
         runs = [item for item in items if item.run is not None]
         replayed = sum(item.replayed for item in runs)
-        return answer(
-            {
-                "accepted": len(runs) - replayed,
-                "replayed": replayed,
-                "refused": len(items) - len(runs),
-                "runs": outcomes,
-            }
-        )
+        found: BatchAnswer = {
+            "accepted": len(runs) - replayed,
+            "replayed": replayed,
+            "refused": len(items) - len(runs),
+            "runs": outcomes,
+        }
+        return answer(found)
 
     def _outcome(self, item: _Item, claims: Claims, path: str) -> BatchOutcome | msgspec.Raw:
         if item.run is not None:
@@ -198,10 +221,11 @@ def _open(data: bytes, most: int) -> list[msgspec.Raw]:
 def _own_key(body: dict[str, Any]) -> str | None:
     """Take the idempotency key out of an item."""
     key = body.pop(KEY, None)
-    if key is not None and not (isinstance(key, str) and 0 < len(key) <= MAX_KEY):
-        complaint = f"must be text of 1 to {MAX_KEY} characters"
-        raise InvalidArguments(f"{KEY}: {complaint}", errors={KEY: complaint})
-    return key
+    if key is None:
+        return None
+    if not KEY_FIELD.check(key):
+        raise InvalidArguments(f"{KEY}: {KEY_FIELD.complaint}", errors={KEY: KEY_FIELD.complaint})
+    return str(key)
 
 
 def _needs_row(item: _Item) -> bool:

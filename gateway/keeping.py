@@ -8,7 +8,10 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from gateway.auth import Authenticator
+from gateway.describing import Description, document
+from gateway.documents import Vacuumed
 from gateway.face import Engine
+from gateway.fields import body_schema
 from gateway.reading import Parameters, Refusal, read_object
 from gateway.resource import answer
 from gateway.retention import Retention
@@ -25,6 +28,13 @@ class Keeping:
         self._authenticator = authenticator
         self._retention = retention
 
+    @Description(
+        needs="operate",
+        body=body_schema({}),
+        body_optional=True,
+        answers={200: document(Vacuumed, "What it came to.")},
+        problems=("not-incremental",),
+    )
     async def vacuum(self, request: Request) -> Response:
         """Give free pages back for a while; `free_bytes` says what is left to do for another request.
 

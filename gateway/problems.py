@@ -13,7 +13,7 @@ import logging
 import math
 import secrets
 from collections.abc import Awaitable, Callable, Mapping
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, NotRequired, TypedDict
 
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
@@ -51,6 +51,7 @@ CODES: Final[Mapping[str, Code]] = {
     "bad-primary-key": Code(400, "Bad primary key"),
     "bad-host": Code(400, "Bad Host header"),
     "client-gone": Code(400, "Client disconnected"),
+    "ambiguous-length": Code(400, "Length of the body is given twice"),
     # 401, 403: the token
     "token-missing": Code(401, "Token needed"),
     "token-malformed": Code(401, "Token is malformed"),
@@ -67,10 +68,12 @@ CODES: Final[Mapping[str, Code]] = {
     "unknown-runner": Code(404, "Runner not found"),
     "method-not-allowed": Code(405, "Method not allowed"),
     "not-acceptable": Code(406, "Not acceptable"),
+    "slow-body": Code(408, "Body too slow"),
     "idempotency-conflict": Code(409, "Idempotency key was used with another body"),
     "run-finished": Code(409, "Run has finished"),
     "run-open": Code(409, "Run has not finished"),
     "not-started": Code(409, "Task has not been started"),
+    "ambiguous-model": Code(409, "Several apps have such a model"),
     "not-incremental": Code(409, "Store cannot be made smaller while it is open"),
     "result-expired": Code(410, "Result was removed"),
     "too-large": Code(413, "Body too large"),
@@ -88,6 +91,33 @@ CODES: Final[Mapping[str, Code]] = {
     "too-many-connections": Code(503, "Too many connections"),
     "http-version": Code(505, "HTTP version not supported"),
 }
+
+#: Headers that come with every problem of a status, each with its meaning.
+HEADERS: Final[Mapping[int, Mapping[str, str]]] = {
+    401: {"WWW-Authenticate": "The scheme, with what was wrong with the token (RFC 6750 §3)."},
+    403: {"WWW-Authenticate": "The scheme, with `insufficient_scope` (RFC 6750 §3.1)."},
+    405: {"Allow": "The methods that there are."},
+    429: {"Retry-After": "Whole seconds until the same request may succeed."},
+    503: {"Retry-After": "Whole seconds until the same request may succeed."},
+}
+
+
+class Problem(TypedDict):
+    """An error (RFC 9457); `errors` has a message per field, `run` the id to send the same again with."""
+
+    type: str
+    title: str
+    status: int
+    detail: str
+    instance: NotRequired[str]
+    errors: NotRequired[dict[str, str]]
+    retry_after: NotRequired[float]
+    run: NotRequired[str]
+    parameter: NotRequired[str]
+    max_bytes: NotRequired[int]
+    incident: NotRequired[str]
+    index: NotRequired[int]
+
 
 #: Codes for a bare HTTP status, as Starlette's router and hypercorn's parser raise it.
 _BY_STATUS: Final[Mapping[int, str]] = {

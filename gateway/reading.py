@@ -38,13 +38,11 @@ class Refusal(Exception):
         code: str,
         detail: str,
         *,
-        status: int | None = None,
         headers: Mapping[str, str] | None = None,
         **extra: Any,
     ) -> None:
         super().__init__(detail)
         self.code = code
-        self.status = status
         self.headers = headers
         self.extra = extra
 
@@ -53,7 +51,7 @@ async def on_refusal(request: Request, error: Exception) -> Response:
     """Return the problem document of a Refusal, for Starlette's table of exception handlers."""
     assert isinstance(error, Refusal)
     return problem(
-        error.status,
+        None,
         error.code,
         str(error),
         instance=request.url.path,
@@ -64,7 +62,7 @@ async def on_refusal(request: Request, error: Exception) -> Response:
 
 def document_of(error: Refusal, instance: str, **extra: Any) -> bytes:
     """Return the same problem as a document, for an answer that holds others beside it."""
-    status = error.status or CODES[error.code].status
+    status = CODES[error.code].status
     return document(status, error.code, str(error), instance=instance, **error.extra, **extra)
 
 
@@ -133,9 +131,8 @@ async def _read_body(request: Request, max_bytes: int, limit: str) -> bytes:
                     raise _too_large(max_bytes, limit)
     if scope.cancelled_caught:
         raise Refusal(
-            "bad-request",
+            "slow-body",
             f"the body did not arrive within {BODY_SECONDS:g} seconds",
-            status=408,
             headers={"Connection": "close"},
         )
     return bytes(body)

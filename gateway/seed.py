@@ -11,9 +11,10 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
-from gateway import snapshot, sse
+from gateway import queries, snapshot, sse
 from gateway.api import read_cursor, result_of
 from gateway.auth import Authenticator
+from gateway.describing import Description, Reply, choice
 from gateway.face import Engine
 from gateway.following import wait_for_end
 from gateway.leaving import watched
@@ -41,6 +42,8 @@ _WORDS: Final = {
     RunStatus.CANCELLED: "cancelled",
 }
 
+REPLAY: Final = choice("replay", ["all", "latest"], "Where a client without a cursor begins.")
+
 
 class SeedRoutes:
     """Serves /stream/{app}/{model}/{pk} and /stream/{model}/{pk} over one engine."""
@@ -57,6 +60,18 @@ class SeedRoutes:
             Route("/stream/{model}/{pk}", resource),
         ]
 
+    @Description(
+        needs="read",
+        query=(REPLAY, *queries.STREAM),
+        headers=(queries.LAST_EVENT_ID,),
+        answers={
+            200: Reply("The stream, or the outcome.", {sse.EVENT_STREAM: bytes, sse.JSON: dict[str, Any]}),
+            204: Reply("The run has ended, and the client has all of it."),
+        },
+        problems=(
+            *("unknown-row", "bad-primary-key", "ambiguous-model", "not-started", "bad-cursor", "queue-full"),
+        ),
+    )
     async def show(self, request: Request) -> ASGIApp:
         """Serve the stream of a task row, or its outcome to a client that asks for no event stream."""
         claims = self._authenticator.require(request, "read")
@@ -160,9 +175,8 @@ def _row(found: Answer) -> Row:
         raise Refusal("bad-primary-key", found.detail or "the primary key cannot be read")
     if found.status == "ambiguous":
         raise Refusal(
-            "bad-request",
+            "ambiguous-model",
             found.detail or "several apps have such a model: use /stream/{app}/{model}/{pk}",
-            status=409,
         )
     if found.status == "away":
         raise NotWritable(found.detail or "the database does not answer", retry_after=OUTCOME_SECONDS)

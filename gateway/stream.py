@@ -17,6 +17,7 @@ import trio
 from starlette.types import Receive, Scope, Send
 
 from gateway import sse
+from gateway.documents import EventPage
 from gateway.fanout import Entry, Hub
 from gateway.following import Follower, Line, Piece
 from gateway.leaving import Client, watched
@@ -181,6 +182,7 @@ class RunStream:
             return [], _pause
 
     async def _deliver(self, pieces: Sequence[Piece], client: Client, send: Send) -> None:
+        self._hub.tally.delivered += len(pieces)
         body = b"".join([self._rendering.render(piece, self._run.id) for piece in pieces])
         for start in range(0, len(body), CHUNK):
             if client.gone:
@@ -210,8 +212,8 @@ async def read_page(
     output: bool,
     limit: int,
     wait: float,
-) -> dict[str, Any]:
-    """Return a page of a stream: `{events: [{id, type, data}], next, ended}`.
+) -> EventPage:
+    """Return a page of a stream.
 
     Waits up to `wait` seconds for the first event. At most `limit` events and 64 KiB of data, unless the
     first alone exceeds that. `next` is the cursor of the page that follows; `ended`: none will.
@@ -230,6 +232,7 @@ async def read_page(
             await client.wait(follower.wait, deadline)
             pieces = await follower.read()
     parts = [_parts(piece, run.id) for piece in pieces[:limit]]
+    hub.tally.delivered += len(parts)
     return {
         "events": [
             {"id": id, "type": type, "data": msgspec.Raw(data or b"null")} for id, type, data in parts

@@ -11,13 +11,15 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from gateway.auth import Authenticator
+from gateway.describing import Description, Header, document
 from gateway.face import Engine
+from gateway.fields import body_schema
 from gateway.reading import Parameters, Refusal, parse_object, read_body_of_json, read_object
 from gateway.resource import answer
-from gateway.snapshot import accepted, urls
+from gateway.snapshot import Accepted, accepted, urls
 from gateway.store.protocol import StoreError
 from gateway.store.rows import RunRow
-from gateway.submission import Submission, body_digest, parse_submission, replay_of
+from gateway.submission import FIELDS, REPLAY_FIELDS, Submission, body_digest, parse_submission, replay_of
 from taskkit import failpoints, tokens
 from taskkit.errors import (
     Forbidden,
@@ -45,6 +47,14 @@ RETRY_AFTER: Final = 1.0
 #: checked in a thread, which costs 0.1 ms and gives the loop its turn every 5 ms (sys.getswitchinterval).
 ON_THE_SPOT: Final = 1024
 
+IDEMPOTENCY_KEY: Final = Header(
+    "Idempotency-Key",
+    "Makes a repeat safe: the same key with the same body is the same run.",
+    {"type": "string", "minLength": 1, "maxLength": MAX_KEY},
+)
+
+_WHERE: Final = "Path of the run."
+
 
 class Submitting:
     """Takes submissions for one engine."""
@@ -56,8 +66,18 @@ class Submitting:
         # One large body at a time: two would only share the GIL with the streams.
         self.limiter = trio.CapacityLimiter(1)
 
+    @Description(
+        needs="submit",
+        headers=(IDEMPOTENCY_KEY,),
+        body=body_schema(FIELDS, ["task"]),
+        answers={
+            200: document(Accepted, "It was a run before.", Location=_WHERE, Idempotency_Replayed="`true`."),
+            202: document(Accepted, "It is a run now.", Location=_WHERE),
+        },
+        problems=("unknown-task", "invalid-arguments", "idempotency-conflict", "queue-full"),
+    )
     async def submit(self, request: Request) -> Response:
-        """Serve POST /api/v1/runs."""
+        """Submit a task: it becomes a run."""
         claims = self._authenticator.require(request, "submit")
         Parameters(request, ())
         key = idempotency_key(request)
@@ -74,8 +94,28 @@ class Submitting:
             check_ownership(run, submission)
         return self._answer(run, replayed, claims)
 
+    @Description(
+        needs="submit",
+        headers=(IDEMPOTENCY_KEY,),
+        body=body_schema(REPLAY_FIELDS),
+        body_optional=True,
+        answers={
+            200: document(Accepted, "It was a run before.", Location=_WHERE, Idempotency_Replayed="`true`."),
+            202: document(Accepted, "It is a run now.", Location=_WHERE),
+        },
+        problems=(
+            *(
+                "unknown-run",
+                "run-open",
+                "unknown-task",
+                "invalid-arguments",
+                "idempotency-conflict",
+                "queue-full",
+            ),
+        ),
+    )
     async def replay(self, request: Request) -> Response:
-        """Serve POST /api/v1/runs/{id}/replay: an ended run is performed again, as a new one."""
+        """Have a run that has ended performed again, as a new one."""
         claims = self._authenticator.require(request, "submit")
         Parameters(request, ())
         key = idempotency_key(request)

@@ -17,12 +17,14 @@ from gateway.accepting import Outcome
 from gateway.app import build_app
 from gateway.auth import Authenticator
 from gateway.changes import Changes
+from gateway.documents import Picture
 from gateway.fanout import Hub
 from gateway.retention import Retention
 from gateway.store.protocol import StoreError
 from gateway.store.removal import Removal, Removed, RunLength, Usage
 from gateway.store.rows import AttemptRow, Batch, EventRow, KeyRow, Opened, OutputRow, RunFilter, RunRow
 from gateway.submission import Catalogue, Submission
+from gateway.tally import RunTally, StoreTally
 from taskkit import tokens
 from taskkit.errors import IdempotencyConflict, LifecycleError, SubmitError
 from taskkit.lifecycle import RunStatus
@@ -297,6 +299,9 @@ class StubEngine:
     submissions: list[Submission] = field(default_factory=list)
     ordered: list[tuple[str, bool]] = field(default_factory=list)
     held: set[str] = field(default_factory=set)
+    run_tally: RunTally = field(default_factory=RunTally)
+    store_tally: StoreTally = field(default_factory=StoreTally)
+    versions: dict[str, str] = field(default_factory=lambda: {"bulkhead": "0.1"})
 
     async def submit(self, submission: Submission) -> tuple[RunRow, bool]:
         await trio.lowlevel.checkpoint()
@@ -380,8 +385,23 @@ class StubEngine:
     def runners(self) -> list[View]:
         return self.views
 
-    def statistics(self) -> dict[str, Any]:
-        return {"queued": 0, "courier": self.courier, "runners": len(self.views), "store_error": ""}
+    def statistics(self) -> Picture:
+        return {
+            "queued": 0,
+            "queues": {},
+            "pools": {"default": {"size": 4, "queued": 0, "runners": len(self.views), "busy": 0}},
+            "running": 0,
+            "runners": len(self.views),
+            "untold": 0,
+            "rounds": 7,
+            "uptime": 1.5,
+            "store_error": "",
+            "courier": self.courier,
+            "draining": False,
+            "restarts": {"courier": 0, "runners": 0},
+            "held": [],
+            "quarantined": [],
+        }
 
     # --- what a run does ------------------------------------------------------------------------------------
 
