@@ -18,6 +18,7 @@ disconnect).
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import math
 import socket
@@ -31,6 +32,8 @@ import h11
 import trio
 from hypercorn.config import Config
 from hypercorn.events import Closed, Event, RawData, Updated
+from hypercorn.protocol.events import Event as StreamEvent
+from hypercorn.protocol.events import Response
 from hypercorn.protocol.h11 import H11Protocol
 from hypercorn.trio.worker_context import WorkerContext
 from hypercorn.typing import ASGIReceiveEvent, ASGISendEvent, ConnectionState, Scope, TaskGroup
@@ -180,6 +183,9 @@ class _Http1(H11Protocol):
             # h11 applies its limit to what is incomplete only: a head that comes in one piece passes.
             await self._refuse(431)
             return
+        if _is_ambiguous(request):
+            await self._refuse(400, "ambiguous-length")
+            return
         if any(name == b"upgrade" for name, _ in request.headers):
             # A server may ignore an upgrade (RFC 9110 §7.8); the application answers the plain request. So no
             # byte reaches hypercorn's WSStream, which an early frame or a header that is not ASCII crashes.
@@ -191,12 +197,26 @@ class _Http1(H11Protocol):
             )
         await super()._create_stream(request)
 
-    async def _refuse(self, status_code: int) -> None:
-        await self._send_error_response(status_code)
+    async def stream_send(self, event: StreamEvent) -> None:
+        """Send what the application says.
+
+        An answer that comes before the end of its request is the last on this connection: it says so, or a client that
+        keeps connections would send its next request into the end of this one.
+        """
+        if (
+            isinstance(event, Response)
+            and self.awaits_body
+            and (b"connection", b"close") not in event.headers
+        ):
+            event = dataclasses.replace(event, headers=[*event.headers, (b"connection", b"close")])
+        await super().stream_send(event)
+
+    async def _refuse(self, status_code: int, code: str | None = None) -> None:
+        await self._send_error_response(status_code, code)
         await self.send(Closed())
 
-    async def _send_error_response(self, status_code: int) -> None:
-        code = problems.code_of(status_code)
+    async def _send_error_response(self, status_code: int, code: str | None = None) -> None:
+        code = code or problems.code_of(status_code)
         body = problems.document(status_code, code, "the request does not follow HTTP/1.1, or not our limits")
         headers = [
             (b"content-type", problems.MEDIA_TYPE.encode()),
@@ -221,6 +241,17 @@ class _Http1(H11Protocol):
 
 def _head_size(request: h11.Request) -> int:
     return len(request.target) + sum(len(name) + len(value) + 4 for name, value in request.headers)
+
+
+def _is_ambiguous(request: h11.Request) -> bool:
+    """Whether two servers could read the end of this request differently, and so the beginning of the next.
+
+    Chunks beside a Content-Length, or in HTTP/1.0, are how requests are smuggled past a proxy (RFC 9112 §6.1, §6.3):
+    h11 would take the chunks.
+    """
+    names = {name for name, _ in request.headers}
+    chunked = b"transfer-encoding" in names
+    return chunked and (b"content-length" in names or request.http_version == b"1.0")
 
 
 class Connection:

@@ -51,7 +51,7 @@ CODES: Final[Mapping[str, Code]] = {
     "bad-primary-key": Code(400, "Bad primary key"),
     "bad-host": Code(400, "Bad Host header"),
     "client-gone": Code(400, "Client disconnected"),
-    "ambiguous-length": Code(400, "Length of the body is given twice"),
+    "ambiguous-length": Code(400, "Length of the body is ambiguous"),
     # 401, 403: the token
     "token-missing": Code(401, "Token needed"),
     "token-malformed": Code(401, "Token is malformed"),
