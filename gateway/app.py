@@ -52,7 +52,7 @@ def all_routes(
         *SeedRoutes(engine, authenticator).routes(),
         Metrics(engine, authenticator, retention, door).route(),
     ]
-    return [*routes, OpenApi(authenticator, routes, engine.versions.get("bulkhead", "")).route()]
+    return [*routes, OpenApi(engine, authenticator, routes).route()]
 
 
 def _counted(handler: Handler, door: DoorTally) -> Handler:

@@ -111,9 +111,10 @@ def names(parameters: Iterable[Query[Any]]) -> tuple[str, ...]:
 # --- parameters ------------------------------------------------------------------------------------------------
 
 
-def word(name: str, doc: str) -> Query[str | None]:
-    """Return a parameter of any text."""
-    return Query(name, doc, text(1).schema, lambda query: query.text(name))
+def word(name: str, doc: str, pattern: str | None = None) -> Query[str | None]:
+    """Return a parameter of any text; whoever reads it holds it to `pattern`."""
+    schema = text(1).schema | ({} if pattern is None else {"pattern": pattern})
+    return Query(name, doc, schema, lambda query: query.text(name))
 
 
 def choice(name: str, values: Iterable[str], doc: str) -> Query[str | None]:

@@ -6,11 +6,14 @@ Pure. A field that is absent and one that is null are the same.
 from __future__ import annotations
 
 import datetime
-import math
 import re
+import sys
+import uuid
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Final
+
+from taskkit.identifiers import parse_run_id
 
 Schema = dict[str, Any]
 
@@ -50,8 +53,9 @@ def parse_time(text: str) -> float | None:
 
 
 def is_number(value: object) -> bool:
-    """Whether `value` is a finite number, and no truth value."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    """Whether `value` is a number that a float can hold, and no truth value."""
+    # A whole number of 400 digits is JSON; math.isfinite and float would raise on it.
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def text(low: int = 0, high: int | None = None) -> Field:
@@ -98,6 +102,24 @@ def time_in_utc() -> Field:
         "must be an RFC 3339 time in UTC, for example 2026-01-31T12:00:00Z; convert other zones before",
         {"type": "string", "format": "date-time", "pattern": f"^{_RFC3339_UTC}$"},
     )
+
+
+def uuid7() -> Field:
+    """Return the rule of an id as this package makes them."""
+    return Field(
+        _is_uuid7,
+        "must be a UUIDv7",
+        {
+            "type": "string",
+            "format": "uuid",
+            "pattern": "^[0-9a-f]{8}-[0-9a-f]{4}-7[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}$",
+        },
+    )
+
+
+def _is_uuid7(value: object) -> bool:
+    found = parse_run_id(value) if isinstance(value, str) else None
+    return found is not None and uuid.UUID(found).version == 7
 
 
 def texts(most: int, longest: int) -> Field:

@@ -16,6 +16,7 @@ from starlette.routing import Route
 from gateway import problems
 from gateway.auth import COOKIE, Authenticator
 from gateway.describing import JSON, Description, Reply, description_of, document
+from gateway.face import Engine
 from gateway.reading import Parameters
 from gateway.resource import Resource, answer
 
@@ -31,6 +32,8 @@ _PLACEHOLDERS: Final = {
     "pk": "Primary key of a row.",
 }
 
+_TEXT: Final = {"type": "string"}
+
 #: What any request can be answered with before a handler sees it.
 _ALWAYS: Final = (
     *("bad-request", "bad-host", "wrong-host", "headers-too-large", "internal", "too-many-connections"),
@@ -45,15 +48,6 @@ _WITH_QUERY: Final = ("bad-parameter",)
 _WITH_BODY: Final = ("bad-json", "client-gone", "too-large", "unsupported-media-type", "slow-body")
 
 
-class Document(msgspec.Struct):
-    """An OpenAPI document."""
-
-    openapi: str
-    info: dict[str, Any]
-    paths: dict[str, Any]
-    components: dict[str, Any]
-
-
 class OpenApi:
     """Serves GET /openapi.json.
 
@@ -61,10 +55,10 @@ class OpenApi:
       routes: all routes but its own.
     """
 
-    def __init__(self, authenticator: Authenticator, routes: Iterable[Route], version: str) -> None:
+    def __init__(self, engine: Engine, authenticator: Authenticator, routes: Iterable[Route]) -> None:
+        self._engine = engine
         self._authenticator = authenticator
         self._routes = [*routes, self.route()]
-        self._version = version
         self._made: dict[str, Any] | None = None
 
     def route(self) -> Route:
@@ -77,7 +71,7 @@ class OpenApi:
         self._authenticator.claims(request)
         Parameters(request, ())
         if self._made is None:
-            self._made = describe_routes(self._routes, self._version)
+            self._made = describe_routes(self._routes, self._engine.versions.get("bulkhead", ""))
         return answer(self._made)
 
 
@@ -210,7 +204,7 @@ def _response(told: Reply, schemas: Mapping[str, Any]) -> dict[str, Any]:
     shown: dict[str, Any] = {"description": told.says}
     if told.content:
         shown["content"] = {
-            media: {"schema": {"type": "string"} if type in (str, bytes) else schemas[_key(type)]}
+            media: {} if type is bytes else {"schema": _TEXT if type is str else schemas[_key(type)]}
             for media, type in told.content.items()
         }
     if told.headers:

@@ -35,11 +35,14 @@ INCLUDE: Final = choice("include", ["log"], "`log` adds what the run printed; ne
 EVENTS: Final = number("limit", 1, 1000, 100, "Most events on a page; JSON only.")
 WAIT: Final = wait("wait", "Seconds to wait for the first event; JSON only.")
 
-#: What a stream takes; its cursor is read by gateway.sse, together with the header.
-STREAM: Final[tuple[Query[Any], ...]] = (
-    *(word(name, "Where to begin: an id, `latest` or `now`.") for name in sse.CURSOR_PARAMETERS),
-    INCLUDE,
+#: Where a stream begins. Read by gateway.sse, as the header stands over the parameters, and they over one another.
+BEGIN: Final[tuple[Query[Any], ...]] = tuple(
+    word(name, "Where to begin: an id, `latest` or `now`.", f"^(latest|now|{sse.ID_PATTERN})$")
+    for name in sse.CURSOR_PARAMETERS
 )
+
+#: What a stream takes.
+STREAM: Final[tuple[Query[Any], ...]] = (*BEGIN, INCLUDE)
 
 #: What a page of a stream takes.
 PAGE: Final[tuple[Query[Any], ...]] = (*STREAM, EVENTS, WAIT)

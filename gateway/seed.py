@@ -62,7 +62,7 @@ class SeedRoutes:
 
     @Description(
         needs="read",
-        query=(REPLAY, *queries.STREAM),
+        query=(REPLAY, *queries.BEGIN),
         headers=(queries.LAST_EVENT_ID,),
         answers={
             200: Reply("The stream, or the outcome.", {sse.EVENT_STREAM: bytes, sse.JSON: dict[str, Any]}),

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import uuid
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
@@ -26,6 +25,7 @@ from gateway.fields import (
     text,
     texts,
     time_in_utc,
+    uuid7,
     whole,
 )
 from gateway.store.rows import RunRow
@@ -39,8 +39,9 @@ MAX_TAG: Final = 100  # characters
 MAX_METADATA: Final = 16 * 1024  # bytes of JSON; it travels with the run to every process that shows it
 MAX_ATTEMPTS: Final = 100
 
-_ID: Final = text().about(
-    "A UUIDv7 as a 503 answer gives it: the same submission again.", "must be the id that a 503 answer gave"
+_ID: Final = uuid7().about(
+    "The `run` of a 503 answer: the same submission again.",
+    "must be a UUIDv7, as a 503 answer gives it; leave it out for a new run",
 )
 
 #: Everything a submission may contain; anything else is refused by name.
@@ -273,13 +274,7 @@ class _Reader:
 
     def id(self) -> str:
         text = self._get("id")
-        if text is None:
-            return new_run_id()
-        found = parse_run_id(text)
-        if found is None or uuid.UUID(found).version != 7:
-            self._errors["id"] = "must be a UUIDv7, as a 503 answer gives it; leave it out for a new run"
-            return ""
-        return found
+        return new_run_id() if text is None else parse_run_id(text) or ""
 
     def pool(self, task: TaskInfo, pools: Mapping[str, PoolSettings]) -> str:
         name = self._get("pool") or task.pool

@@ -16,8 +16,7 @@ from typing import Any, cast
 import httpx
 import pytest
 
-from gateway.api import Api
-from gateway.seed import SeedRoutes
+from gateway.app import all_routes
 from tests.helpers import ROOT, Tree, migrated_database, raw_get
 
 PROBLEM = "application/problem+json"
@@ -278,8 +277,7 @@ def test_an_idempotency_key_with_another_body_is_409(tree: Tree) -> None:
 def routes() -> list[str]:
     """Return the paths that the gateway serves, as it registers them."""
     nobody = cast("Any", None)
-    found = [*Api(nobody, nobody, nobody).routes(), *SeedRoutes(nobody, nobody).routes()]
-    return [route.path for route in found]
+    return [route.path for route in all_routes(nobody, nobody, nobody, nobody)]
 
 
 def filled(path: str) -> Iterator[str]:
