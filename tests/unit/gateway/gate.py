@@ -198,6 +198,7 @@ class Gate:
     async def ended(self, run: RunRow) -> RunRow:
         """Wait for the run's end; return it as the store has it."""
         await self.until(lambda: self.engine.book.find(run.id) is None)
+        await self.engine.flush()  # the book knows of it before the store does
         row = await self.store.run(run.id)
         assert row is not None
         return row
