@@ -6,6 +6,7 @@ Pure. A field that is absent and one that is null are the same.
 from __future__ import annotations
 
 import datetime
+import itertools
 import re
 import sys
 import uuid
@@ -13,6 +14,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
+from gateway.arguments import MAX_ERRORS
 from taskkit.identifiers import parse_run_id
 
 Schema = dict[str, Any]
@@ -161,7 +163,8 @@ def _property(field: Field, needed: bool) -> Schema:
 def read(body: Mapping[str, Any], fields: Mapping[str, Field], errors: dict[str, str]) -> dict[str, Any]:
     """Return the values of the fields in `body` that are there; what is wrong is noted in `errors`, by field."""
     there = f"there is {', '.join(fields)}" if fields else "there is none"
-    errors |= {key[:100]: f"is no field here; {there}" for key in body if key not in fields}
+    unknown = itertools.islice((key for key in body if key not in fields), MAX_ERRORS)
+    errors |= {key[:100]: f"is no field here; {there}" for key in unknown}
     values = {name: body[name] for name in fields if body.get(name) is not None}
     errors |= {
         name: fields[name].complaint for name, value in values.items() if not fields[name].check(value)

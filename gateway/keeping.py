@@ -12,7 +12,7 @@ from gateway.describing import Description, document
 from gateway.documents import Vacuumed
 from gateway.face import Engine
 from gateway.fields import body_schema
-from gateway.reading import Parameters, Refusal, read_object
+from gateway.reading import Parameters, Refusal, read_nothing
 from gateway.resource import answer
 from gateway.retention import Retention
 
@@ -33,7 +33,7 @@ class Keeping:
         body=body_schema({}),
         body_optional=True,
         answers={200: document(Vacuumed, "What it came to.")},
-        problems=("not-incremental",),
+        problems=("not-incremental", "invalid-arguments"),
     )
     async def vacuum(self, request: Request) -> Response:
         """Give free pages back for a while; `free_bytes` says what is left to do for another request.
@@ -42,9 +42,7 @@ class Keeping:
         """
         self._authenticator.require(request, "operate")
         Parameters(request, ())
-        body = await read_object(request, self._engine.settings.limits.body_bytes)
-        if body:
-            raise Refusal("bad-request", "a vacuum has no options: send no body, or {}")
+        await read_nothing(request, self._engine.settings.limits.body_bytes)
         found = await self._retention.vacuum(SECONDS)
         if not found["incremental"]:
             raise Refusal(

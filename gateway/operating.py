@@ -12,7 +12,7 @@ from gateway.describing import Description, document
 from gateway.documents import Ordered, Reset
 from gateway.face import Engine
 from gateway.fields import body_schema
-from gateway.reading import Parameters, Refusal, read_object
+from gateway.reading import Parameters, Refusal, read_nothing
 from gateway.resource import answer
 from taskkit.errors import UnknownTask
 
@@ -21,7 +21,7 @@ _ORDER: Final = Description(
     body=body_schema({}),
     body_optional=True,
     answers={202: document(Ordered, "It was ordered.")},
-    problems=("unknown-runner",),
+    problems=("unknown-runner", "invalid-arguments"),
 )
 
 
@@ -36,8 +36,7 @@ class Operating:
         """Refuse who may not, and whatever a body says: nothing of it would have an effect."""
         self._authenticator.require(request, "operate")
         Parameters(request, ())
-        if await read_object(request, self._engine.settings.limits.body_bytes):
-            raise Refusal("bad-request", "this request takes no body")
+        await read_nothing(request, self._engine.settings.limits.body_bytes)
 
     @_ORDER
     async def kill_runner(self, request: Request) -> Response:
@@ -62,7 +61,7 @@ class Operating:
         body=body_schema({}),
         body_optional=True,
         answers={200: document(Reset, "It is not held now.")},
-        problems=("unknown-task",),
+        problems=("unknown-task", "invalid-arguments"),
     )
     async def reset_task(self, request: Request) -> Response:
         """Let the runs of a held task go; a task that has left the catalogue may be held still."""

@@ -18,7 +18,9 @@ import trio
 from starlette.requests import Request
 from starlette.responses import Response
 
+from gateway.fields import read
 from gateway.problems import CODES, document, problem
+from taskkit.errors import InvalidArguments
 
 #: Seconds for a whole body. 1 MiB in that time is 35 KB/s, slower than any line worth serving; without a
 #: limit a client that sends a byte a minute would hold its connection for ever (Slowloris).
@@ -77,6 +79,18 @@ async def read_object(request: Request, max_bytes: int) -> dict[str, Any]:
         return {}
     body = await read_body_of_json(request, max_bytes)
     return parse_object(body) if body else {}
+
+
+async def read_nothing(request: Request, max_bytes: int) -> None:
+    """Refuse a body that says something: nothing of it would have an effect. An empty object is nothing.
+
+    Raises:
+      InvalidArguments: it has fields; `errors` names them. Refusal: as `read_object`.
+    """
+    errors: dict[str, str] = {}
+    read(await read_object(request, max_bytes), {}, errors)
+    if errors:
+        raise InvalidArguments("this request takes no fields", errors=errors)
 
 
 async def read_body_of_json(request: Request, max_bytes: int, limit: str = "LIMITS.body_bytes") -> bytes:
