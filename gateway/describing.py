@@ -1,4 +1,4 @@
-"""What a route takes and answers, said once: beside the handler, in the words that it works with.
+"""What a route takes, what it answers, said once: beside the handler, in the words that it works with.
 
 Parameters are read through the objects that describe them, bodies are checked by the fields that describe them,
 documents have the types that the type checker holds their builders to. So the OpenAPI document cannot say what is not.

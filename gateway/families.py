@@ -6,12 +6,28 @@ cannot be told from one that was not there.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
+from gateway.tally import Histogram
 from taskkit.lifecycle import TERMINAL, Ending, RunStatus
 
 Kind = Literal["counter", "gauge", "histogram"]
+
+#: A value, or values by label, or by a tuple of labels.
+Values = float | Mapping[Any, float]
+
+#: Values of every metric by its name; None leaves it out.
+Figures = Mapping[str, Values | Histogram | None]
+
+#: What metrics can be written as, the default first; each with its parameters.
+PLAIN: Final = "text/plain"
+OPENMETRICS: Final = "application/openmetrics-text"
+CONTENT_TYPES: Final[Mapping[str, str]] = {
+    PLAIN: f"{PLAIN}; version=0.0.4; charset=utf-8",
+    OPENMETRICS: f"{OPENMETRICS}; version=1.0.0; charset=utf-8",
+}
 
 
 @dataclass(frozen=True, slots=True)

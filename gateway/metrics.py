@@ -1,23 +1,17 @@
-"""GET /metrics: what this gateway counts, in Prometheus' words.
+"""GET /metrics: what this gateway counts.
 
-Everything is gathered when somebody asks: the registry lives for one answer, nothing runs in between. A store that
-does not answer takes its own figures out of the answer, and no others.
+Everything is gathered when somebody asks, nothing runs in between. A store that does not answer takes its own figures
+out of the answer, and no others.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 import trio
-from prometheus_client import CollectorRegistry
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
-from prometheus_client.exposition import generate_latest
-from prometheus_client.metrics_core import Metric
-from prometheus_client.openmetrics import exposition as openmetrics
-from prometheus_client.registry import Collector
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
@@ -26,7 +20,7 @@ from gateway.auth import Authenticator, require_sight_of_all
 from gateway.describing import SIGHT_OF_ALL, Description, Reply
 from gateway.documents import Picture, Runner
 from gateway.face import Engine
-from gateway.families import FAMILIES, Family
+from gateway.families import CONTENT_TYPES, Figures, Values
 from gateway.reading import Parameters, Refusal, negotiate
 from gateway.resource import Resource
 from gateway.retention import Retention
@@ -37,18 +31,6 @@ from gateway.tally import DoorTally, Histogram
 #: Seconds for the store's figures. Prometheus gives a target 10 s.
 STORE_SECONDS: Final = 2.0
 
-_PLAIN: Final = "text/plain"
-_OPENMETRICS: Final = "application/openmetrics-text"
-
-#: How each media type is written, and what it is called with its parameters.
-_WRITERS: Final[Mapping[str, tuple[Callable[[Collector], bytes], str]]] = {
-    _PLAIN: (generate_latest, "text/plain; version=0.0.4; charset=utf-8"),
-    _OPENMETRICS: (
-        openmetrics.generate_latest,
-        "application/openmetrics-text; version=1.0.0; charset=utf-8",
-    ),
-}
-
 #: What retention's figures of the store are called here.
 _PARTS: Final = {
     "file": "file_bytes",
@@ -57,9 +39,6 @@ _PARTS: Final = {
     "events": "event_bytes",
     "blobs": "blob_bytes",
 }
-
-#: A value, or values by label, or by a tuple of labels.
-Values = float | Mapping[Any, float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,9 +52,10 @@ class Gathered:
     runs: Mapping[str, int] | None
     parts: Mapping[str, int] | None
 
-    def figures(self) -> dict[str, Values | Histogram | None]:
-        """Return the values of every metric by its name; None leaves it out."""
-        return {**self._runs(), **self._processes(), **self._streams(), **self._door(), **self._store()}
+    def figures(self) -> Figures:
+        """Return the values of every metric by its name, as they are now: whoever counts goes on counting."""
+        found = {**self._runs(), **self._processes(), **self._streams(), **self._door(), **self._store()}
+        return {name: _copied(values) for name, values in found.items()}
 
     def _runs(self) -> dict[str, Values | None]:
         tally = self.engine.run_tally
@@ -142,30 +122,16 @@ class Gathered:
         }
 
 
-class _Now(Collector):
-    """The metrics of one moment."""
-
-    def __init__(self, gathered: Gathered) -> None:
-        self._figures = gathered.figures()
-
-    def collect(self) -> Iterator[Metric]:
-        """Yield every metric that there is a value of."""
-        for family in FAMILIES:
-            values = self._figures[family.name]
-            if isinstance(values, Histogram):
-                buckets = values.buckets()
-                yield HistogramMetricFamily(family.name, family.doc, buckets=buckets, sum_value=values.sum)
-            elif values is not None:
-                yield _family(family, values)
+def _copied(values: Values | Histogram | None) -> Values | Histogram | None:
+    if isinstance(values, Histogram):
+        return values.copy()
+    return dict(values) if isinstance(values, Mapping) else values
 
 
-def _family(family: Family, values: Values) -> Metric:
-    make = CounterMetricFamily if family.kind == "counter" else GaugeMetricFamily
-    found = make(family.name, family.doc, labels=family.labels)
-    by_label: Mapping[Any, float] = values if isinstance(values, Mapping) else {(): values}
-    for key, value in {**dict.fromkeys(family.known, 0), **by_label}.items():
-        found.add_metric(key if isinstance(key, tuple) else (key,), value)
-    return found
+def _render(figures: Figures, media: str) -> bytes:
+    from gateway import exposition  # at the first scrape, see there
+
+    return exposition.render(figures, media)
 
 
 class Metrics:
@@ -185,28 +151,22 @@ class Metrics:
 
     @Description(
         needs=SIGHT_OF_ALL,
-        answers={200: Reply("The metrics.", dict.fromkeys(_WRITERS, str))},
+        answers={200: Reply("The metrics.", dict.fromkeys(CONTENT_TYPES, str))},
         problems=("not-acceptable",),
     )
     async def show(self, request: Request) -> Response:
         """Serve metrics for Prometheus, or as OpenMetrics."""
         require_sight_of_all(self._authenticator.claims(request))
         Parameters(request, ())
-        media = negotiate(request.headers.get("accept"), tuple(_WRITERS))
+        media = negotiate(request.headers.get("accept"), tuple(CONTENT_TYPES))
         if media is None:
-            raise Refusal("not-acceptable", f"metrics come as {' or '.join(_WRITERS)}")
-        write, content_type = _WRITERS[media]
+            raise Refusal("not-acceptable", f"metrics come as {' or '.join(CONTENT_TYPES)}")
         runs, parts = await self._ask_store()
-        now, views = self._engine.statistics(), self._engine.runners()
-
-        def render() -> bytes:
-            gathered = Gathered(self._engine, self._door, now, measure(views), runs, parts)
-            registry = CollectorRegistry(auto_describe=False)
-            registry.register(_Now(gathered))
-            return write(registry)
-
-        body = await trio.to_thread.run_sync(render)
-        return Response(body, headers={"Cache-Control": "no-store", "Content-Type": content_type})
+        runners = await trio.to_thread.run_sync(measure, self._engine.runners())
+        now = self._engine.statistics()
+        figures = Gathered(self._engine, self._door, now, runners, runs, parts).figures()
+        body = await trio.to_thread.run_sync(_render, figures, media)
+        return Response(body, headers={"Cache-Control": "no-store", "Content-Type": CONTENT_TYPES[media]})
 
     async def _ask_store(self) -> tuple[Mapping[str, int] | None, Mapping[str, int] | None]:
         with trio.move_on_after(STORE_SECONDS):

@@ -1,4 +1,4 @@
-"""The OpenAPI 3.1 document, made from the routes and from what their handlers say of themselves."""
+"""The OpenAPI 3.1 document, made from what the handlers of all routes say of themselves."""
 
 from __future__ import annotations
 

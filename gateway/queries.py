@@ -1,4 +1,4 @@
-"""Parameters and headers that requests about runs can have."""
+"""What requests about runs can ask for: parameters of the query, headers."""
 
 from __future__ import annotations
 

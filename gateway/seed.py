@@ -42,6 +42,8 @@ _WORDS: Final = {
     RunStatus.CANCELLED: "cancelled",
 }
 
+_REFUSALS: Final = ("unknown-row", "bad-primary-key", "ambiguous-model", "not-started")
+
 REPLAY: Final = choice("replay", ["all", "latest"], "Where a client without a cursor begins.")
 
 
@@ -68,9 +70,7 @@ class SeedRoutes:
             200: Reply("The stream, or the outcome.", {sse.EVENT_STREAM: bytes, sse.JSON: dict[str, Any]}),
             204: Reply("The run has ended, and the client has all of it."),
         },
-        problems=(
-            *("unknown-row", "bad-primary-key", "ambiguous-model", "not-started", "bad-cursor", "queue-full"),
-        ),
+        problems=(*_REFUSALS, "bad-cursor", "queue-full"),
     )
     async def show(self, request: Request) -> ASGIApp:
         """Serve the stream of a task row, or its outcome to a client that asks for no event stream."""

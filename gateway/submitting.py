@@ -54,6 +54,7 @@ IDEMPOTENCY_KEY: Final = Header(
 )
 
 _WHERE: Final = "Path of the run."
+_REFUSALS: Final = ("unknown-task", "invalid-arguments", "idempotency-conflict", "queue-full")
 
 
 class Submitting:
@@ -74,7 +75,7 @@ class Submitting:
             200: document(Accepted, "It was a run before.", Location=_WHERE, Idempotency_Replayed="`true`."),
             202: document(Accepted, "It is a run now.", Location=_WHERE),
         },
-        problems=("unknown-task", "invalid-arguments", "idempotency-conflict", "queue-full"),
+        problems=_REFUSALS,
     )
     async def submit(self, request: Request) -> Response:
         """Submit a task: it becomes a run."""
@@ -103,16 +104,7 @@ class Submitting:
             200: document(Accepted, "It was a run before.", Location=_WHERE, Idempotency_Replayed="`true`."),
             202: document(Accepted, "It is a run now.", Location=_WHERE),
         },
-        problems=(
-            *(
-                "unknown-run",
-                "run-open",
-                "unknown-task",
-                "invalid-arguments",
-                "idempotency-conflict",
-                "queue-full",
-            ),
-        ),
+        problems=("unknown-run", "run-open", *_REFUSALS),
     )
     async def replay(self, request: Request) -> Response:
         """Have a run that has ended performed again, as a new one."""

@@ -31,6 +31,12 @@ class Histogram:
         self.counts[bisect_left(self.bounds, value)] += 1
         self.sum += value
 
+    def copy(self) -> Histogram:
+        """Return what it is now."""
+        copied = Histogram(self.bounds)
+        copied.counts, copied.sum = self.counts.copy(), self.sum
+        return copied
+
     def buckets(self) -> list[tuple[str, float]]:
         """Return (bound, how many were at most that) as Prometheus has it, the last for all."""
         total, found = 0, []

@@ -11,7 +11,8 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families 
 from prometheus_client.parser import text_string_to_metric_families as parse_plain
 
 from gateway.families import FAMILIES
-from gateway.tally import Histogram
+from gateway.metrics import Gathered
+from gateway.tally import DoorTally, Histogram
 from tests.helpers import ROOT
 from tests.unit.gateway.fakes import StubEngine, View, client_of, token
 from tests.unit.gateway.gate import HandRunner, gate
@@ -47,6 +48,12 @@ async def test_every_family_is_there_with_help_and_kind() -> None:
         assert name in found, family.name
         assert (found[name].type, found[name].documentation) == (family.kind, family.doc)
         assert found[name].samples, f"{family.name} has no value from the beginning"
+
+
+def test_nothing_is_gathered_that_is_no_family() -> None:
+    engine = StubEngine()
+    gathered = Gathered(engine, DoorTally(), engine.statistics(), [], None, None)
+    assert set(gathered.figures()) == {family.name for family in FAMILIES}
 
 
 def test_names_follow_prometheus_conventions() -> None:
