@@ -18,6 +18,7 @@ from starlette.types import Receive, Scope, Send
 
 from gateway import sse
 from gateway.connection import Peer
+from gateway.documents import EventPage
 from gateway.fanout import Entry, Hub, Subscription
 from gateway.following import Follower, Line, Piece
 from gateway.leaving import Client, watched
@@ -50,6 +51,9 @@ HEADERS: Final = (
     (b"x-content-type-options", b"nosniff"),
     (b"vary", b"Accept, Origin"),
 )
+
+#: What else a client that asks for events may hear (gateway.sessions).
+BUSY: Final = "With too many open, events are `stream.busy` alone, and when to come back."
 
 #: What a stream can be rendered as, the default first: `curl -N` says `*/*`.
 RENDERINGS: Final = (sse.EVENT_STREAM, sse.JSON, sse.NDJSON, sse.PLAIN)
@@ -216,6 +220,7 @@ class RunStream:
             return [], _pause
 
     async def _deliver(self, pieces: Sequence[Piece], client: Client, send: Send) -> None:
+        self._hub.tally.delivered += len(pieces)
         body = b"".join([self._rendering.render(piece, self._run.id) for piece in pieces])
         for start in range(0, len(body), CHUNK):
             if client.gone or client.dismissed:
@@ -245,8 +250,8 @@ async def read_page(
     output: bool,
     limit: int,
     wait: float,
-) -> dict[str, Any]:
-    """Return a page of a stream: `{events: [{id, type, data}], next, ended}`.
+) -> EventPage:
+    """Return a page of a stream.
 
     Waits up to `wait` seconds for the first event. At most `limit` events and 64 KiB of data, unless the
     first alone exceeds that. `next` is the cursor of the page that follows; `ended`: none will.
@@ -265,6 +270,7 @@ async def read_page(
             await client.wait(follower.wait, deadline)
             pieces = await follower.read()
     parts = [_parts(piece, run.id) for piece in pieces[:limit]]
+    hub.tally.delivered += len(parts)
     return {
         "events": [
             {"id": id, "type": type, "data": msgspec.Raw(data or b"null")} for id, type, data in parts
