@@ -31,6 +31,7 @@ from gateway.store.protocol import StoreError
 from gateway.store.rows import Opened
 from gateway.store.sqlite import SqliteStore
 from gateway.submission import Catalogue
+from gateway.tally import DoorTally
 from taskkit import failpoints, linux
 from taskkit.channel import Channel
 from taskkit.errors import RemoteWireError
@@ -191,16 +192,17 @@ async def _live(
     retention = Retention(store, settings, configure.boot_id)
     if not configure.adopting:
         await retention.inherit()
+    door = DoorTally()
     authenticator = Authenticator(
         key, configure.allowed_hosts, settings.cors_origins, desk=engine, limits=settings.limits
     )
-    app = build_app(engine, authenticator, retention)
+    app = build_app(engine, authenticator, retention, door)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(engine.run)
         nursery.start_soon(hub.broadcast.run)
         nursery.start_soon(_beat, channel.send, settings.limits.gateway_beat_seconds)
         await engine.flush()  # what was lost with the last supervisor is on disk before anybody can ask
-        service = _Service(app, listener, settings)
+        service = _Service(app, listener, settings, door)
         await nursery.start(service.run)
         nursery.start_soon(retention.run)
         failpoints.hit("gateway.serving")
@@ -233,8 +235,9 @@ def serve_limits(limits: LimitSettings) -> ServeLimits:
 class _Service:
     """The HTTP server, with its end."""
 
-    def __init__(self, app: ASGIApp, listener: socket.socket, settings: Settings) -> None:
+    def __init__(self, app: ASGIApp, listener: socket.socket, settings: Settings, door: DoorTally) -> None:
         self._app = app
+        self._door = door
         self._listener = listener
         self._limits = serve_limits(settings.limits)
         self._shutdown = trio.Event()
@@ -249,6 +252,7 @@ class _Service:
             shutdown=self._shutdown,
             grace=_CLOSE_SECONDS,
             state={},
+            door=self._door,
             task_status=task_status,
         )
         self._over.set()

@@ -8,18 +8,22 @@ from __future__ import annotations
 
 import functools
 import time
-from typing import TYPE_CHECKING, Final
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Final, TypeAlias
 
 from gateway.store.protocol import StoreError
 from gateway.store.rows import KeyRow, RunRow
 from gateway.submission import Submission
-from taskkit.errors import IdempotencyConflict, NotWritable, QueueFull
+from taskkit.errors import IdempotencyConflict, NotWritable, QueueFull, SubmitError
 
 if TYPE_CHECKING:
     from gateway.engine import Engine
 
 #: Seconds for which an idempotency key counts although the store may not have it: a commit takes a millisecond.
 _KEY_MEMORY: Final = 60.0
+
+#: What became of a submission: its run and whether that was there before, or why there is none.
+Outcome: TypeAlias = tuple[RunRow, bool] | SubmitError
 
 
 class Acceptance:
@@ -39,41 +43,77 @@ class Acceptance:
           IdempotencyConflict: the key was used with another body.
           NotWritable: the store cannot be written now; `run` is the id to try again with.
         """
-        try:
-            known = await self._known(submission)
-            if known is not None:
-                return known, True
-            self._engine.check_store()
-            run, replayed = await self._engine.decide(functools.partial(self._accept, submission))
-            if run is None:  # it was made and has ended since `_known` looked
-                run = await self._known(submission)
-            if run is None:
-                raise NotWritable(
-                    "its run has ended a moment ago and was removed (RETENTION.run_age_seconds)"
-                )
-        except (StoreError, NotWritable) as error:
-            raise NotWritable(
-                f"the outcome is unknown, send it again with this id: {error}",
-                retry_after=2,
-                run=submission.id,
-            ) from error
-        return run, replayed
+        (outcome,) = await self.submit_all([submission])
+        if isinstance(outcome, SubmitError):
+            raise outcome
+        return outcome
 
-    async def _known(self, submission: Submission) -> RunRow | None:
-        """Return the run that this submission made before, if it is committed."""
-        id = submission.id
-        if submission.key is not None:
-            key = await self._engine.store.key(submission.subject, submission.key)
-            if key is not None:
-                if key.digest != submission.digest:
-                    raise IdempotencyConflict(
-                        "this Idempotency-Key was used with another body; use a new key"
-                    )
-                id = key.run
-        return await self._engine.store.run(id)
+    async def submit_all(self, submissions: Sequence[Submission]) -> list[Outcome]:
+        """Make a run of each submission, all in one commit; return what became of them, in their order.
+
+        Each by itself may be refused, as `submit` says. A store that does not answer concerns all of them that
+        were not committed before.
+        """
+        outcomes: list[Outcome | None] = [None] * len(submissions)
+        try:
+            await self._look(submissions, outcomes)
+            if None in outcomes:
+                self._engine.check_store()
+                decide = functools.partial(self._accept_all, submissions, outcomes)
+                outcomes = await self._engine.decide(decide)
+            if None in outcomes:  # made, and ended since the first look
+                await self._look(submissions, outcomes)
+            gone: Exception = NotWritable(
+                "its run has ended a moment ago and was removed (RETENTION.run_age_seconds)"
+            )
+        except (StoreError, NotWritable) as error:
+            gone = error
+        return [
+            _unknown(submission, gone) if outcome is None else outcome
+            for submission, outcome in zip(submissions, outcomes, strict=True)
+        ]
+
+    async def _look(self, submissions: Sequence[Submission], outcomes: list[Outcome | None]) -> None:
+        """Find the runs that the submissions without an outcome made before, as far as they are committed."""
+        open = [n for n, outcome in enumerate(outcomes) if outcome is None]
+        keys = await self._keys([submissions[n] for n in open])
+        used = {n: keys.get((submissions[n].subject, submissions[n].key)) for n in open}
+        ids = {n: submissions[n].id if key is None else key.run for n, key in used.items()}
+        runs = await self._engine.store.runs_by_id(list(ids.values()))
+        for n in open:
+            run = runs.get(ids[n])
+            outcomes[n] = _conflict(submissions[n], used[n]) or (None if run is None else (run, True))
+
+    async def _keys(self, submissions: Sequence[Submission]) -> dict[tuple[str, str | None], KeyRow]:
+        """Return what the store knows of the submissions' keys, by subject and key."""
+        found: dict[tuple[str, str | None], KeyRow] = {}
+        for subject in {one.subject for one in submissions if one.key is not None}:
+            names = [one.key for one in submissions if one.subject == subject and one.key is not None]
+            rows = await self._engine.store.keys(subject, names)
+            found |= {(subject, name): row for name, row in rows.items()}
+        return found
+
+    def _accept_all(
+        self, submissions: Sequence[Submission], outcomes: Sequence[Outcome | None]
+    ) -> list[Outcome | None]:
+        """Decide on every submission without an outcome, in a round. One whose run has come and gone stays without.
+
+        Returns a list of its own: what is decided here counts when the round is committed, and not before.
+        """
+        return [
+            self._accept_one(submission) if outcome is None else outcome
+            for submission, outcome in zip(submissions, outcomes, strict=True)
+        ]
+
+    def _accept_one(self, submission: Submission) -> Outcome | None:
+        try:
+            run, replayed = self._accept(submission)
+        except SubmitError as error:
+            return error
+        return None if run is None else (run, replayed)
 
     def _recent_key(self, subject: str, name: str) -> KeyRow | None:
-        """Return a key that the store may not have yet. An older one counts only if `_known` has found it there:
+        """Return a key that the store may not have yet. An older one counts only if `_look` has found it there:
         retention removes keys, and what it has removed must not live on here."""
         key = self._engine.book.find_key(subject, name)
         if key is None or self._engine.book.find(key.run) is not None:
@@ -88,8 +128,8 @@ class Acceptance:
         key = None
         if submission.key is not None:
             key = self._recent_key(submission.subject, submission.key)
-            if key is not None and key.digest != submission.digest:
-                raise IdempotencyConflict("this Idempotency-Key was used with another body; use a new key")
+            if (conflict := _conflict(submission, key)) is not None:
+                raise conflict
         id = submission.id if key is None else key.run
         if self._engine.book.has_ended(id):
             return None, True
@@ -102,3 +142,19 @@ class Acceptance:
         if len(self._engine.book.queues) >= limit:
             raise QueueFull(f"{limit} runs wait already (LIMITS.queued_runs)", retry_after=5)
         return self._engine.book.accept(submission, time.time()), False
+
+
+def _conflict(submission: Submission, key: KeyRow | None) -> IdempotencyConflict | None:
+    """Return what stands against a submission whose key was used, if anything."""
+    if key is None or key.digest == submission.digest:
+        return None
+    return IdempotencyConflict("this Idempotency-Key was used with another body; use a new key")
+
+
+def _unknown(submission: Submission, error: Exception) -> NotWritable:
+    """Return the refusal of a submission of which nobody knows whether it was committed."""
+    refusal = NotWritable(
+        f"the outcome is unknown, send it again with this id: {error}", retry_after=2, run=submission.id
+    )
+    refusal.__cause__ = error
+    return refusal

@@ -7,16 +7,19 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 import msgspec
-import psutil
 import trio
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
-from gateway import snapshot, sse
-from gateway.auth import Authenticator
-from gateway.face import Engine, RunnerView
+from gateway import queries, snapshot, sse
+from gateway.auth import Authenticator, require_sight_of_all
+from gateway.batch import Batching
+from gateway.describing import SIGHT_OF_ALL, Description, Reply, document, names
+from gateway.documents import EventPage, Ready, Runners, Stats, Tasks
+from gateway.face import Engine
+from gateway.fields import Field, body_schema, read, seconds
 from gateway.following import wait_for_end
 from gateway.granting import Granting
 from gateway.keeping import Keeping
@@ -29,17 +32,16 @@ from gateway.reading import (
     Refusal,
     negotiate,
     page_cursor,
-    parse_page_cursor,
     preferred_wait,
     read_object,
 )
 from gateway.resource import Resource, answer
 from gateway.retention import Retention
-from gateway.selection import split_types, wants
+from gateway.roster import measure
+from gateway.selection import wants
 from gateway.store.protocol import Store, StoreError
 from gateway.store.rows import AttemptRow, OutputRow, RunFilter, RunRow
-from gateway.stream import RENDERINGS, RunStream, Wish, is_over, read_page
-from gateway.submission import parse_time
+from gateway.stream import BUSY, RENDERINGS, RunStream, Wish, is_over, read_page
 from gateway.submitting import Submitting
 from taskkit.errors import Forbidden, InvalidArguments, UnknownTask
 from taskkit.identifiers import parse_run_id
@@ -51,6 +53,13 @@ TAIL_LINES: Final = 20
 TAIL_ATTEMPTS: Final = 5
 
 MAX_GRACE: Final = 3600.0  # seconds
+
+#: What a cancellation may say.
+CANCEL_FIELDS: Final[Mapping[str, Field]] = {
+    "grace": seconds(MAX_GRACE).about(
+        "Between asking the run to stop and TERM; a later, longer one changes nothing."
+    )
+}
 
 #: Seconds in which the store has to answer /ready.
 READY_SECONDS: Final = 2.0
@@ -68,6 +77,7 @@ class Api:
         self._retention = retention
         self._keeping = Keeping(engine, authenticator, retention)
         self._submitting = Submitting(engine, authenticator)
+        self._batching = Batching(engine, authenticator, self._submitting)
         self._operating = Operating(engine, authenticator)
         self._granting = Granting(engine, authenticator)
         self._multiplex = Multiplex(engine, authenticator)
@@ -77,6 +87,7 @@ class Api:
         base = snapshot.API
         return [
             Route(f"{base}/runs", Resource(get=self.list_runs, post=self._submitting.submit)),
+            Route(f"{base}/runs/batch", Resource(post=self._batching.submit)),
             Route(f"{base}/runs/{{id}}", Resource(get=self.show_run)),
             Route(f"{base}/runs/{{id}}/result", Resource(get=self.show_result)),
             Route(f"{base}/runs/{{id}}/events", Resource(get=self.follow_run)),
@@ -98,6 +109,11 @@ class Api:
 
     # --- runs -----------------------------------------------------------------------------------------------
 
+    @Description(
+        needs="read",
+        query=queries.LIST,
+        answers={200: document(snapshot.Page, "A page of runs.")},
+    )
     async def list_runs(self, request: Request) -> Response:
         """Serve the page of runs that the token may see, newest first."""
         claims = (await self._authenticator.admit(request, "read")).claims
@@ -107,20 +123,20 @@ class Api:
         nothing = which.owner is None and which.ids == () and which.tasks == ()
         runs = [] if nothing else await self._engine.store.runs(which)
         following = page_cursor(runs[limit - 1].no) if len(runs) > limit else None
-        return answer({"runs": [snapshot.summary(run) for run in runs[:limit]], "next": following})
+        page: snapshot.Page = {"runs": [snapshot.summary(run) for run in runs[:limit]], "next": following}
+        return answer(page)
 
     def _filter(self, request: Request) -> RunFilter:
-        query = Parameters(request, ("status", "task", "tag", "since", "until", "cursor", "limit"))
-        status = query.choice("status", [status.value for status in RunStatus])
-        task = query.text("task")
+        query = Parameters(request, names(queries.LIST))
+        status, task = queries.STATUS.of(query), queries.TASK.of(query)
         return RunFilter(
             status=None if status is None else RunStatus(status),
             task=None if task is None else self._canonical(task),
-            tag=query.text("tag"),
-            since=_moment(query, "since"),
-            until=_moment(query, "until"),
-            before=_page(query),
-            limit=query.number("limit", 1, 200, 50),
+            tag=queries.TAG.of(query),
+            since=queries.SINCE.of(query),
+            until=queries.UNTIL.of(query),
+            before=queries.CURSOR.of(query),
+            limit=queries.LIMIT.of(query),
         )
 
     def _canonical(self, name: str) -> str:
@@ -130,6 +146,11 @@ class Api:
         except UnknownTask:
             return name
 
+    @Description(
+        needs="read",
+        answers={200: document(snapshot.Snapshot, "The run as it stands.")},
+        problems=("unknown-run",),
+    )
     async def show_run(self, request: Request) -> Response:
         """Serve the snapshot of one run."""
         claims = (await self._authenticator.admit(request, "read")).claims
@@ -137,16 +158,27 @@ class Api:
         run = await self._visible(request, claims)
         return answer(await self._snapshot(run, claims))
 
+    @Description(
+        needs="read",
+        headers=(queries.PREFER,),
+        answers={
+            200: document(
+                snapshot.Result, "The run has ended.", Preference_Applied="The wait that was granted."
+            ),
+            202: document(snapshot.Result, "It has not.", Preference_Applied="The wait that was granted."),
+        },
+        problems=("unknown-run", "result-expired"),
+    )
     async def show_result(self, request: Request) -> Response:
         """Serve how a run ended, 202 while it has not; `Prefer: wait=N` waits for it. 410 behind RESULT_TTL."""
         claims = (await self._authenticator.admit(request, "read")).claims
         Parameters(request, ())
         run = await self._visible(request, claims)
-        wait = preferred_wait(request.headers.get("prefer", ""))
-        headers = {} if wait is None else {"Preference-Applied": f"wait={wait:.0f}"}
-        if wait and not run.status.is_terminal and request.method != "HEAD":
+        seconds = preferred_wait(", ".join(request.headers.getlist("prefer")))
+        headers = {} if seconds is None else {"Preference-Applied": f"wait={seconds:.0f}"}
+        if seconds and not run.status.is_terminal and request.method != "HEAD":
             async with watched(request.receive) as client:
-                wait = min(wait, _left(claims))
+                wait = min(seconds, _left(claims))
                 run = await wait_for_end(self._engine.store, self._engine.hub, run, client, wait)
             self._authenticator.recheck(claims)
         if run.result_expired:
@@ -159,17 +191,26 @@ class Api:
         status = 200 if run.status.is_terminal else 202
         return answer(snapshot.result(run, value), status, headers)
 
+    @Description(
+        needs="read",
+        query=queries.PAGE,
+        headers=(queries.LAST_EVENT_ID,),
+        answers={
+            200: Reply(f"The stream. {BUSY}", dict.fromkeys(RENDERINGS, bytes) | {sse.JSON: EventPage}),
+            204: Reply("The run has ended, and the client has all of it."),
+        },
+        problems=("unknown-run", "bad-cursor", "not-acceptable", "too-many-streams"),
+    )
     async def follow_run(self, request: Request) -> ASGIApp:
         """Serve the stream of one run, in the rendering that the client accepts."""
         claims = (await self._authenticator.admit(request, "read")).claims
         rendering = negotiate(request.headers.get("accept"), RENDERINGS)
         if rendering is None:
             raise Refusal("not-acceptable", f"a stream comes as {', '.join(RENDERINGS)}")
-        paging = ("wait", "limit") if rendering == sse.JSON else ()
-        query = Parameters(request, (*sse.CURSOR_PARAMETERS, "include", "types", *paging))
+        query = Parameters(request, names(queries.PAGE if rendering == sse.JSON else queries.STREAM))
         cursor = read_cursor(request)
-        types = read_types(query)
-        output = query.choice("include", ["log"]) is not None
+        types = queries.TYPES.of(query)
+        output = queries.INCLUDE.of(query) is not None
         if output and not claims.may("logs"):
             raise Forbidden("the token does not allow 'logs'")
         if output and types is not None:
@@ -201,7 +242,7 @@ class Api:
         types: frozenset[str] | None,
         left: float,
     ) -> Response:
-        limit, wait = query.number("limit", 1, 1000, 100), min(query.seconds("wait"), left)
+        limit, seconds = queries.EVENTS.of(query), min(queries.WAIT.of(query), left)
         async with watched(request.receive) as client:
             page = await read_page(
                 self._engine.store,
@@ -211,11 +252,18 @@ class Api:
                 client,
                 output=output,
                 limit=limit,
-                wait=0.0 if request.method == "HEAD" else wait,
+                wait=0.0 if request.method == "HEAD" else seconds,
                 types=types,
             )
         return answer(page)
 
+    @Description(
+        needs="cancel",
+        body=body_schema(CANCEL_FIELDS),
+        body_optional=True,
+        answers={202: document(snapshot.Snapshot, "It was asked to stop; one that only waited has ended.")},
+        problems=("unknown-run", "run-finished", "invalid-arguments"),
+    )
     async def cancel_run(self, request: Request) -> Response:
         """Ask a run to stop: 202 with the snapshot, 409 when it has finished."""
         claims = self._authenticator.require(request, "cancel")
@@ -233,7 +281,7 @@ class Api:
             raise Refusal("unknown-run", "there is no such run, or the token does not reach it")
         return run
 
-    async def _snapshot(self, run: RunRow, claims: Claims) -> dict[str, Any]:
+    async def _snapshot(self, run: RunRow, claims: Claims) -> snapshot.Snapshot:
         store = self._engine.store
         attempts = await store.attempts(run.no)
         oldest = await store.events(run.no, 0, 1, 1) if run.tail else []
@@ -253,19 +301,24 @@ class Api:
 
     # --- the rest -------------------------------------------------------------------------------------------
 
+    @Description(needs=SIGHT_OF_ALL, answers={200: document(Runners, "The runners.")})
     async def list_runners(self, request: Request) -> Response:
         """Serve the runner processes, with what the kernel says of them."""
         await self._require_sight_of_all(request)
         views = self._engine.runners()
-        return answer({"runners": await trio.to_thread.run_sync(measure, views)})
+        found: Runners = {"runners": await trio.to_thread.run_sync(measure, views)}
+        return answer(found)
 
+    @Description(needs="", answers={200: document(Tasks, "The tasks, by name.")})
     async def list_tasks(self, request: Request) -> Response:
         """Serve the tasks that the token reaches."""
         claims = (await self._authenticator.admit(request)).claims
         Parameters(request, ())
         tasks = [task for task in self._engine.catalogue.all() if _sees_task(claims, task.name)]
-        return answer({"tasks": [snapshot.task(task) for task in tasks]})
+        found: Tasks = {"tasks": [snapshot.task(task) for task in tasks]}
+        return answer(found)
 
+    @Description(needs="", answers={200: document(snapshot.Task, "The task.")}, problems=("unknown-task",))
     async def show_task(self, request: Request) -> Response:
         """Serve one task."""
         claims = (await self._authenticator.admit(request)).claims
@@ -276,40 +329,48 @@ class Api:
             raise UnknownTask(f"there is no task {name[:200]!r}; GET /api/v1/tasks lists them")
         return answer(snapshot.task(task))
 
+    @Description(needs=SIGHT_OF_ALL, answers={200: document(Stats, "The counts.")})
     async def statistics(self, request: Request) -> Response:
         """Serve counts of runs by state, of subscribers, the engine's own, what the store takes of the disk."""
         await self._require_sight_of_all(request)
         hub = self._engine.hub.statistics()
         counts = await self._engine.store.counts()
-        return answer(
-            {
-                **self._engine.statistics(),
-                "runs": counts,
-                "subscribers": hub["subscribers"],
-                "streams": hub,
-                **await self._retention.statistics(),
-            }
-        )
+        found: Stats = {
+            **self._engine.statistics(),
+            "runs": counts,
+            "subscribers": hub["subscribers"],
+            "streams": hub,
+            **await self._retention.statistics(),
+        }
+        return answer(found)
 
+    @Description(
+        needs=None,
+        answers={
+            200: document(Ready, "Every part is there."),
+            503: document(Ready, "A part is away.", Retry_After="Seconds until it may be there."),
+        },
+    )
     async def ready(self, request: Request) -> Response:
         """Serve which parts are there: 503 when one is away. Public, so it reads no more than one row."""
         now = self._engine.statistics()
         parts = {
-            "store": not now.get("store_error") and await _answers(self._engine.store),
-            "courier": bool(now.get("courier")),
-            "runners": bool(now.get("runners")),
+            "store": not now["store_error"] and await _answers(self._engine.store),
+            "courier": now["courier"],
+            "runners": bool(now["runners"]),
         }
-        ready = all(parts.values())
-        return answer({"ready": ready, "parts": parts}, 200 if ready else 503)
+        found: Ready = {"ready": all(parts.values()), "parts": parts}
+        return (
+            answer(found) if found["ready"] else answer(found, 503, {"Retry-After": f"{READY_SECONDS:.0f}"})
+        )
 
     async def _require_sight_of_all(self, request: Request) -> None:
-        """Refuse a token of single runs: processes and counts tell about everybody's."""
         claims = (await self._authenticator.admit(request)).claims
         Parameters(request, ())
-        if not (claims.may("operate") or (claims.may("read") and claims.runs == "*")):
-            raise Forbidden("the token needs 'operate', or 'read' of every run")
+        require_sight_of_all(claims)
 
 
+@Description(needs=None, answers={200: Reply("It turns.", {"text/plain": str})})
 async def health(request: Request) -> Response:
     """Say that the loop turns, and look at nothing else."""
     return PlainTextResponse("OK", headers={"Cache-Control": "no-store"})
@@ -338,51 +399,6 @@ def read_cursor(request: Request) -> sse.Cursor:
         raise Refusal("bad-cursor", str(error)) from error
 
 
-def read_types(query: Parameters) -> frozenset[str] | None:
-    """Return the types of events that the client wants, from a comma list or a repeated parameter; None: all.
-
-    Raises:
-      Refusal: they are malformed.
-    """
-    try:
-        return split_types(query.texts("types"))
-    except ValueError as error:
-        raise query.refusal("types", str(error)) from error
-
-
-def measure(views: Sequence[RunnerView]) -> list[dict[str, Any]]:
-    """Return the runners with RSS in bytes, CPU and age in seconds. Reads /proc: call it in a thread."""
-    return [_runner(view) for view in views]
-
-
-def _runner(view: RunnerView) -> dict[str, Any]:
-    rss, cpu = (None, None) if view.state == "EXITED" else _usage(view.pid)
-    return {
-        "id": view.id,
-        "pid": view.pid,
-        "pool": view.pool,
-        "role": view.role,
-        "state": view.state,
-        "runs": view.runs,
-        "rss": rss,
-        "cpu": cpu,
-        "started_at": snapshot.rfc3339(view.started_at),
-        "age": round(max(0.0, time.time() - view.started_at), 3),
-        "runs_done": view.runs_done,
-        "last_ending": view.last_ending,
-    }
-
-
-def _usage(pid: int) -> tuple[int | None, float | None]:
-    """Return RSS and CPU of a process; nothing of one that has just gone, or is no longer ours to see."""
-    try:
-        process = psutil.Process(pid)
-        times = process.cpu_times()
-        return process.memory_info().rss, round(times.user + times.system, 3)
-    except (psutil.Error, ValueError):
-        return None, None
-
-
 async def _answers(store: Store) -> bool:
     with trio.move_on_after(READY_SECONDS):
         try:
@@ -403,27 +419,8 @@ def _sees_task(claims: Claims, name: str) -> bool:
 
 
 def _grace(body: Mapping[str, Any]) -> float | None:
-    errors = {str(key)[:100]: "is no field here; there is grace" for key in body if key != "grace"}
-    grace = body.get("grace")
-    fine = isinstance(grace, int | float) and not isinstance(grace, bool) and 0 <= grace <= MAX_GRACE
-    if grace is not None and not fine:
-        errors["grace"] = f"must be a number of seconds from 0 to {MAX_GRACE:g}"
+    errors: dict[str, str] = {}
+    grace = read(body, CANCEL_FIELDS, errors).get("grace")
     if errors:
         raise InvalidArguments("the cancellation is invalid", errors=errors)
     return None if grace is None else float(grace)
-
-
-def _moment(query: Parameters, name: str) -> float | None:
-    text = query.text(name)
-    moment = None if text is None else parse_time(text)
-    if text is not None and moment is None:
-        raise query.refusal(name, "must be an RFC 3339 time in UTC, for example 2026-01-31T12:00:00Z")
-    return moment
-
-
-def _page(query: Parameters) -> int | None:
-    text = query.text("cursor")
-    number = None if text is None else parse_page_cursor(text)
-    if text is not None and number is None:
-        raise query.refusal("cursor", "must be the `next` of the page before")
-    return number

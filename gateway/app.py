@@ -13,28 +13,28 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from gateway.api import Api
 from gateway.auth import Authenticator, HostGuard, TicketCookies
 from gateway.face import Engine
+from gateway.metrics import Metrics
+from gateway.openapi import OpenApi
 from gateway.problems import exception_handlers, problem
 from gateway.reading import Refusal, on_refusal
 from gateway.retention import Retention
 from gateway.script import Script
 from gateway.seed import SeedRoutes
 from gateway.sessions import TooManyStreams, on_too_many_streams
+from gateway.tally import DoorTally
 from gateway.websocket import Sockets
 
 
-def build_app(engine: Engine, authenticator: Authenticator, retention: Retention) -> ASGIApp:
-    """Return the application that serves `engine`.
+def build_app(
+    engine: Engine, authenticator: Authenticator, retention: Retention, door: DoorTally | None = None
+) -> ASGIApp:
+    """Return the application that serves `engine`; `door` is counted by the server.
 
     The guards are plain ASGI: Starlette's BaseHTTPMiddleware puts a queue into every response, which hides a
     client's leaving from a stream.
     """
-    routes: list[BaseRoute] = [
-        *Api(engine, authenticator, retention).routes(),
-        *SeedRoutes(engine, authenticator).routes(),
-        *Script().routes(),
-        *Sockets(engine, authenticator).routes(),
-    ]
     handlers = {**exception_handlers, Refusal: on_refusal, TooManyStreams: on_too_many_streams}
+    routes = all_routes(engine, authenticator, retention, door or DoorTally())
     inner = Starlette(routes=routes, exception_handlers=handlers)
     # A path with a slash too many is unknown, like any other; a redirect is one more shape for clients to
     # handle.
@@ -64,6 +64,20 @@ class _Cors(CORSMiddleware):
 async def _unknown(scope: Scope, receive: Receive, send: Send) -> None:
     """Answer 404, also to a WebSocket, for which Starlette has a bare 403."""
     raise HTTPException(404)
+
+
+def all_routes(
+    engine: Engine, authenticator: Authenticator, retention: Retention, door: DoorTally
+) -> list[BaseRoute]:
+    """Return every route that there is, its own description the last."""
+    routes: list[BaseRoute] = [
+        *Api(engine, authenticator, retention).routes(),
+        *SeedRoutes(engine, authenticator).routes(),
+        *Script().routes(),
+        *Sockets(engine, authenticator).routes(),
+        Metrics(engine, authenticator, retention, door).route(),
+    ]
+    return [*routes, OpenApi(engine, authenticator, routes).route()]
 
 
 def _with_cors(app: ASGIApp, origins: list[str]) -> ASGIApp:

@@ -64,9 +64,10 @@ class Attendance:
         if not self._engine.hub.closing and self._concerned(run) is not None:
             self._set(run, self._grace)
 
-    def statistics(self) -> dict[str, int]:
-        """Return how many runs have been left alone, and will be cancelled unless somebody comes."""
-        return {"deserted": len(self._deadlines)}
+    @property
+    def deserted(self) -> int:
+        """How many runs have been left alone, and will be cancelled unless somebody comes."""
+        return len(self._deadlines)
 
     async def run(self) -> None:
         """Cancel what is due, until cancelled."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import re
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -84,6 +85,7 @@ class Authenticator:
 
     Attributes:
       sessions: the open streams, by token.
+      bad_tokens: how many requests were turned away for want of a valid token, by what was wrong.
     """
 
     def __init__(
@@ -102,6 +104,7 @@ class Authenticator:
         self.cors_origins = frozenset(cors_origins)
         self.sessions = Sessions(limits.streams_per_token, desk.is_revoked)
         self._desk = desk
+        self.bad_tokens: Counter[str] = Counter()
         self._failures = Failures(limits.auth_failures)
         self._clock = clock
 
@@ -211,10 +214,11 @@ class Authenticator:
 
     @contextmanager
     def _counting(self, connection: HTTPConnection) -> Iterator[None]:
-        """Count what is presented in vain; a request without anything tries nothing."""
+        """Count what is presented in vain, for the address as well; a request without anything tries nothing."""
         try:
             yield
         except TokenError as error:
+            self.bad_tokens[error.code] += 1
             if error.code == "missing":
                 raise
             wait = self._failures.note(address_of(connection.scope.get("client")), self._clock())
@@ -256,6 +260,16 @@ def _allowing(claims: Claims, action: str) -> Claims:
     if not claims.may(action):
         raise Forbidden(f"the token does not allow {action!r}")
     return claims
+
+
+def require_sight_of_all(claims: Claims) -> None:
+    """Refuse a token of single runs: processes and counts tell about everybody's.
+
+    Raises:
+      Forbidden: it has neither `operate` nor `read` of every run.
+    """
+    if not (claims.may("operate") or (claims.may("read") and claims.runs == "*")):
+        raise Forbidden("the token needs 'operate', or 'read' of every run")
 
 
 def _is_same_origin(origin: str, request: HTTPConnection) -> bool:

@@ -29,6 +29,7 @@ from gateway.plan import Plan
 from gateway.state import After, OpenAttempt, RunnerState
 from gateway.store.rows import AttemptRow, Batch, KeyRow, Opened, RunRow
 from gateway.submission import Submission
+from gateway.tally import RunTally
 from gateway.untold import Untold
 from taskkit.errors import LifecycleError, UnexpectedMessage
 from taskkit.identifiers import new_token
@@ -97,6 +98,7 @@ class Book:
         self.queues = Queues()
         self.casualties = Casualties(settings.breaker, self.queues, self.runs)
         self.draining = False
+        self.tally = RunTally()
         self._by_id: dict[str, int] = {}
         self._by_key: dict[str, int] = {}
         self._keys: OrderedDict[tuple[str, str], KeyRow] = OrderedDict()
@@ -211,6 +213,7 @@ class Book:
         self.batch.full = True
         self.after.accepted.append(run.no)
         self._plan.picture(run, always=True)
+        self.tally.accepted[run.origin] += 1
         if submission.key is not None:
             self._use_key(KeyRow(submission.subject, submission.key, submission.digest, run.id, now))
         return run
@@ -280,6 +283,7 @@ class Book:
         together = sum(attempt.row.started_at is not None for attempt in lost) + runner.abandoned
         for attempt in lost:
             self._runner_lost_attempt(attempt, cause, now, together)
+        self.tally.exits["left" if cause.exit_code == 0 and not lost else cause.kind] += 1
         self._sources.pop(id, None)
         self.batch.sources.pop(id, None)
         self.batch.forgotten.append(id)
@@ -473,6 +477,7 @@ class Book:
         row.failure = None if failure is None else msgspec.json.encode(failure)
         self.batch.changed_attempts.append(row)
         del self.attempts[row.token]
+        self.tally.attempts[ending.value] += 1
         runner = self.runners.get(row.runner)
         if runner is not None:
             runner.tokens.discard(row.token)
@@ -541,6 +546,7 @@ class Book:
     def _end_run(self, run: RunRow, event: RunEvent, now: float, *, error: dict[str, Any] | None) -> None:
         run.status = next_run_status(run.status, event)
         run.finished_at = now
+        self.tally.ended[run.status.value] += 1
         if run.status is RunStatus.SUCCESSFUL:
             error = None
         self._plan.end(run, error, now)

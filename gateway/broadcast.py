@@ -120,12 +120,14 @@ class Broadcast:
 
     Attributes:
       deliveries: writes that carried events to a subscriber.
+      events: those that were carried.
       shortfalls: riders that did not take theirs at once.
     """
 
     def __init__(self, enabled: bool = True) -> None:
         self.enabled = enabled
         self.deliveries = 0
+        self.events = 0
         self.shortfalls = 0
         self._riders: dict[int, dict[Seat, None]] = {}
         self._news: dict[int, None] = {}
@@ -190,7 +192,10 @@ class Broadcast:
         data, after = parcel
         if not data:
             return True
-        if seat.write(data, after, now):
+        before = seat.after
+        whole = seat.write(data, after, now)
+        self.events += seat.after - before
+        if whole:
             self.deliveries += 1
             return True
         self.shortfalls += 1

@@ -9,10 +9,11 @@ from __future__ import annotations
 import datetime as dt
 from collections import OrderedDict
 from collections.abc import Collection, Mapping
-from typing import Any, Final
+from typing import Final
 
 from gateway.breaker import Breaker, Tripped
 from gateway.dispatch import Queues
+from gateway.documents import CasualtyList, Held
 from gateway.store.rows import MAX_QUARANTINED, Batch, Opened, QuarantinedRow, RunRow
 from taskkit.lifecycle import Ending
 from taskkit.settings import BreakerSettings
@@ -132,7 +133,7 @@ class Casualties:
             )
         return notes
 
-    def statistics(self, moment: float) -> dict[str, Any]:
+    def statistics(self, moment: float) -> CasualtyList:
         """Return the held tasks with the seconds that they wait still, and the quarantined runs, newest first."""
         return {
             "held": [self._shown(tripped) for tripped in self._breaker.all_tripped(moment)],
@@ -142,7 +143,7 @@ class Casualties:
             ],
         }
 
-    def _shown(self, tripped: Tripped) -> dict[str, Any]:
+    def _shown(self, tripped: Tripped) -> Held:
         run = None if tripped.trial is None else self._runs.get(tripped.trial)
         return {
             "task": tripped.task,

@@ -18,6 +18,7 @@ disconnect).
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import math
 import socket
@@ -30,6 +31,8 @@ import h11
 import trio
 from hypercorn.config import Config
 from hypercorn.events import Closed, Event, RawData, Updated
+from hypercorn.protocol.events import Event as StreamEvent
+from hypercorn.protocol.events import Response
 from hypercorn.protocol.h11 import H11Protocol
 from hypercorn.trio.worker_context import WorkerContext
 from hypercorn.typing import ASGIReceiveEvent, ASGISendEvent, ConnectionState, Scope, TaskGroup
@@ -160,10 +163,10 @@ class _Http1(H11Protocol):
         await super().handle(event)
 
     async def _create_stream(self, request: h11.Request) -> None:
-        status = heads.refusal(request, self.config.h11_max_incomplete_size)
+        code = heads.refusal(request, self.config.h11_max_incomplete_size)
         plain = heads.in_origin_form(request)
-        if status is not None or plain is None:
-            await self._refuse(400 if status is None else status)
+        if code is not None or plain is None:
+            await self._refuse(code or "bad-request")
             return
         if handshake.is_asked_for(plain):
             if complaint := handshake.complaint(plain):
@@ -175,13 +178,32 @@ class _Http1(H11Protocol):
         # reaches hypercorn's WSStream, which an early frame or a header that is not ASCII crashes.
         await super()._create_stream(heads.without(plain, b"upgrade"))
 
-    async def _refuse(self, status_code: int, detail: str = "") -> None:
-        await self._send_error_response(status_code, detail)
+    async def stream_send(self, event: StreamEvent) -> None:
+        """Send what the application says.
+
+        An answer that comes before the end of its request is the last on this connection: it says so, or a client that
+        keeps connections would send its next request into the end of this one.
+        """
+        if (
+            isinstance(event, Response)
+            and self.awaits_body
+            and (b"connection", b"close") not in event.headers
+        ):
+            event = dataclasses.replace(event, headers=[*event.headers, (b"connection", b"close")])
+        await super().stream_send(event)
+
+    async def _refuse(self, code: str, detail: str = "") -> None:
+        await self._answer_with(code, detail)
         await self.send(Closed())
 
-    async def _send_error_response(self, status_code: int, detail: str = "") -> None:
+    async def _send_error_response(self, status_code: int) -> None:
+        """Answer what the parser refuses. hypercorn calls this."""
+        await self._answer_with(problems.code_of(status_code))
+
+    async def _answer_with(self, code: str, detail: str = "") -> None:
+        status_code = problems.CODES[code].status
         detail = detail or "the request does not follow HTTP/1.1, or not our limits"
-        body = problems.document(status_code, problems.code_of(status_code), detail)
+        body = problems.document(status_code, code, detail)
         headers = [
             *(handshake.OFFER if status_code == 426 else ()),
             (b"content-type", problems.MEDIA_TYPE.encode()),

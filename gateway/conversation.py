@@ -392,6 +392,7 @@ class Conversation:
             pieces = await follower.read()
             for piece in pieces:
                 await self._say(_event(run.id, piece))
+                self._engine.hub.tally.delivered += 1
         return bool(pieces)
 
 

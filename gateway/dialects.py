@@ -16,8 +16,8 @@ import msgspec
 from msgspec import Meta, Struct
 
 from gateway import snapshot, sse
+from gateway.fields import parse_time
 from gateway.store.rows import RunRow
-from gateway.submission import parse_time
 from taskkit.identifiers import parse_run_id
 from taskkit.lifecycle import RunStatus
 

@@ -15,16 +15,17 @@ import logging
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 import trio
 
-from gateway.accepting import Acceptance
+from gateway.accepting import Acceptance, Outcome
 from gateway.attendance import Attendance
 from gateway.book import Book
 from gateway.changes import Changes
+from gateway.documents import Picture, Pool
 from gateway.fanout import Hub
 from gateway.grants import Revocation
 from gateway.intake import Intake
@@ -37,6 +38,7 @@ from gateway.store.protocol import Store, StoreError
 from gateway.store.reads import read_blob
 from gateway.store.rows import Batch, EventRow, RunRow
 from gateway.submission import Catalogue, Submission
+from gateway.tally import RunTally, StoreTally
 from taskkit import failpoints
 from taskkit.errors import LifecycleError, NotWritable
 from taskkit.settings import Settings
@@ -140,6 +142,7 @@ class Engine:
         self.intake = Intake(self)
         self.attendance = hub.audience = Attendance(self)
         self.rounds = 0
+        self.store_tally = StoreTally()
         self._notes: list[str] | None = None
         self._started_at = trio.current_time()
         planned = Counter(row.run for row in book.batch.events)  # at the start: what became of lost attempts
@@ -177,6 +180,10 @@ class Engine:
     async def submit(self, submission: Submission) -> tuple[RunRow, bool]:
         """Make a run of `submission`; see `Acceptance.submit`."""
         return await self._acceptance.submit(submission)
+
+    async def submit_all(self, submissions: Sequence[Submission]) -> list[Outcome]:
+        """Make a run of each submission, in one commit; see `Acceptance.submit_all`."""
+        return await self._acceptance.submit_all(submissions)
 
     def check_store(self) -> None:
         """Refuse what would have to be written.
@@ -228,15 +235,23 @@ class Engine:
         """
         return await self.courier.ask(app, model, pk)
 
+    @property
+    def run_tally(self) -> RunTally:
+        """What became of runs since this gateway began."""
+        return self.book.tally
+
     def runners(self) -> list[RunnerView]:
         """Return all runners that are not drained."""
         return [view_of(runner, self.book.attempts) for runner in self.book.runners.values()]
 
-    def statistics(self) -> dict[str, Any]:
-        """Return a picture of now: queue, runners, rounds, subscribers, the store's complaint."""
+    def statistics(self) -> Picture:
+        """Return a picture of now."""
+        casualties = self.book.casualties.statistics(trio.current_time())
+        grants = self.book.grants.statistics()
         return {
             "queued": len(self.book.queues),
             "queues": self.book.queues.depth(),
+            "pools": self._pools(),
             "running": len(self.book.attempts),
             "runners": len(self.book.runners),
             "untold": len(self.book.untold),
@@ -245,10 +260,28 @@ class Engine:
             "store_error": self.store_error,
             "courier": self.courier.up,
             "draining": self.book.draining,
-            **self.book.grants.statistics(),
-            **self.book.casualties.statistics(trio.current_time()),
-            **self.hub.statistics(),
-            **self.attendance.statistics(),
+            "restarts": {
+                "courier": max(0, self.courier.links - 1),
+                "runners": self.book.tally.exits.total() - self.book.tally.exits["left"],
+            },
+            "held": casualties["held"],
+            "quarantined": casualties["quarantined"],
+            "tickets": grants["tickets"],
+            "revocations": grants["revocations"],
+            "deserted": self.attendance.deserted,
+        }
+
+    def _pools(self) -> dict[str, Pool]:
+        waiting = self.book.queues.depth()
+        runners = [runner for runner in self.book.runners.values() if runner.exited is None]
+        return {
+            name: {
+                "size": pool.size,
+                "queued": waiting.get(name, 0),
+                "runners": sum(runner.spec.pool == name for runner in runners),
+                "busy": sum(runner.spec.pool == name and bool(runner.tokens) for runner in runners),
+            }
+            for name, pool in self.settings.all_pools.items()
         }
 
     async def end_runner(self, id: str, *, now: bool) -> bool:
@@ -420,9 +453,11 @@ class Engine:
     async def _commit(self, batch: Batch) -> None:
         delay, longest = _RETRY
         while True:
+            began = time.perf_counter()
             try:
                 await self.store.commit(batch)
             except StoreError as error:
+                self.store_tally.failures += 1
                 if not self.store_error:
                     logger.error("%s; tasks wait until it does", error)
                     self.tell(Stalled(error=str(error)))
@@ -432,9 +467,16 @@ class Engine:
                     logger.info("the store can be written again")
                     self.tell(Stalled(error=""))
                 self.store_error = ""
+                self._count(batch, time.perf_counter() - began)
                 return
             await trio.sleep(delay)
             delay = min(delay * 2, longest)
+
+    def _count(self, batch: Batch, seconds: float) -> None:
+        if batch:
+            self.store_tally.events += len(batch.events)
+            self.store_tally.lines += len(batch.outputs)
+            self.store_tally.commits.observe(seconds)
 
     # --- after the commit ----------------------------------------------------------------------------------
 

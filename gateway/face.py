@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
+from gateway.accepting import Outcome
 from gateway.changes import Changes
+from gateway.documents import Picture
 from gateway.fanout import Hub
 from gateway.grants import Revocation
 from gateway.store.protocol import Store
 from gateway.store.rows import RunRow
 from gateway.submission import Catalogue, Submission
+from gateway.tally import RunTally, StoreTally
 from taskkit.settings import Settings
 from taskkit.tokens import Claims, Ticket
 from taskkit.wire.messages import Answer, Created
@@ -52,9 +55,14 @@ class Engine(Protocol):
     def catalogue(self) -> Catalogue: ...
     @property
     def settings(self) -> Settings: ...
+    @property
+    def versions(self) -> Mapping[str, str]: ...
 
     async def submit(self, submission: Submission) -> tuple[RunRow, bool]:
         """Return the run, on disk, and whether it existed before. Raises SubmitError, StoreError."""
+
+    async def submit_all(self, submissions: Sequence[Submission]) -> list[Outcome]:
+        """Return what became of each submission, in one commit. Never raises what concerns them all: each says it."""
 
     async def cancel(self, run: RunRow, grace: float | None) -> RunRow:
         """Ask the run to stop. Raises LifecycleError when it has ended."""
@@ -86,5 +94,10 @@ class Engine(Protocol):
     def runners(self) -> Sequence[RunnerView]:
         """Return every runner."""
 
-    def statistics(self) -> dict[str, Any]:
-        """Return a picture of now; among it `courier` (up), `runners` (how many), `store_error` (or "")."""
+    def statistics(self) -> Picture:
+        """Return a picture of now."""
+
+    @property
+    def run_tally(self) -> RunTally: ...
+    @property
+    def store_tally(self) -> StoreTally: ...

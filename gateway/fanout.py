@@ -22,6 +22,7 @@ import trio
 from gateway import sse
 from gateway.broadcast import Broadcast
 from gateway.store.rows import EventRow, OutputRow
+from gateway.tally import StreamTally
 from gateway.watching import Watcher
 
 #: Most events a ring keeps. At 50 events/s this is 20 s of a stream: any client that is further behind reads
@@ -193,6 +194,10 @@ class Subscription:
         """Whether the gateway shuts down."""
         return self._hub.closing
 
+    def count_reset(self, reason: str) -> None:
+        """This subscriber is told that it has missed something."""
+        self._hub.tally.resets[reason] += 1
+
     def batch(self, after: int, max_bytes: int = 65536) -> list[Entry] | None:
         """Return the published events that follow `after`; empty when there is none, None: read the store."""
         run = self._run
@@ -252,6 +257,7 @@ class Hub:
         self.closing = False
         self.farewell = FAREWELL
         self._closing_lot = trio.lowlevel.ParkingLot()
+        self.tally = StreamTally()
 
     def opened(self, run: int, tail: int) -> None:
         """An open run exists: it was accepted, or found at start with newest offset `tail`."""

@@ -167,6 +167,7 @@ class Follower:
             self.done = False
         if self._must_reset or start > self.after + 1:
             pieces.append(Reset(start, self._reason, self._run.epoch))
+            self._subscription.count_reset(self._reason)
             self.after = start - 1
             self._must_reset, self._reason = False, "trimmed"
         return entries

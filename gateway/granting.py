@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Final, Literal
 
@@ -12,7 +12,10 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from gateway.auth import Authenticator
+from gateway.describing import Description, document
+from gateway.documents import Granted, Revoked
 from gateway.face import Engine
+from gateway.fields import Field, body_schema, is_number, read, text
 from gateway.grants import Revocation, TooManyRevocations
 from gateway.reach import reaches
 from gateway.reading import Parameters, Refusal, read_object
@@ -29,9 +32,71 @@ _OF_SESSIONS: Final = frozenset({"read", "logs"})
 #: Runs that a ticket may name; about 40 fit into its cookie, and each is looked up.
 _MAX_RUNS: Final = 100
 
+_NAMES: Final = sorted(ACTIONS)
+
 MAX_NAME: Final = 1_000  # characters of a `jti` or `sub`
 
 _WILD: Final = frozenset("*?[")
+
+
+def _is_reach(value: object) -> bool:
+    if isinstance(value, str):
+        return value in ("*", OWN)
+    return (
+        isinstance(value, list)
+        and 0 < len(value) <= _MAX_RUNS
+        and all(isinstance(one, str) and parse_run_id(one) is not None for one in value)
+    )
+
+
+#: What a body may say of a ticket.
+_WISHES: Final[Mapping[str, Field]] = {
+    "actions": Field(
+        lambda value: isinstance(value, list) and bool(value) and all(one in _NAMES for one in value),
+        f"must be a list of some of {', '.join(_NAMES)}",
+        {"type": "array", "minItems": 1, "items": {"type": "string", "enum": _NAMES}},
+        "What it allows; `read` and `logs` are good for anything.",
+    ),
+    "runs": Field(
+        _is_reach,
+        f'must be "*", "own", or a list of 1 to {_MAX_RUNS} ids of runs',
+        {
+            "anyOf": [
+                {"type": "string", "enum": ["*", OWN]},
+                {"type": "array", "minItems": 1, "maxItems": _MAX_RUNS, "items": {"type": "string"}},
+            ]
+        },
+        "The runs that it reaches: ids, all, or those submitted for its `sub`.",
+    ),
+    "tasks": Field(
+        lambda value: isinstance(value, list) and all(isinstance(one, str) and one for one in value),
+        "must be a list of texts",
+        {"type": "array", "items": {"type": "string", "minLength": 1}},
+        "The tasks whose runs it reaches, `*` for any characters.",
+    ),
+    "session": Field(
+        lambda value: is_number(value) and 1 <= value <= tokens.MAX_LIFE,
+        f"must be a number of seconds from 1 to {tokens.MAX_LIFE:.0f}",
+        {"type": "number", "minimum": 1, "maximum": tokens.MAX_LIFE},
+        "Seconds that its cookie is good for, at most as long as the token.",
+    ),
+}
+
+#: What becomes of it in a `_Wish`.
+_MEANINGS: Final[Mapping[str, Callable[[Any], Any]]] = {
+    "actions": frozenset,
+    "runs": lambda value: value if isinstance(value, str) else tuple(map(parse_run_id, value)),
+    "tasks": tuple,
+    "session": float,
+}
+
+#: What can be taken back.
+_REVOCABLE: Final[Mapping[str, Field]] = {
+    "jti": text(1, MAX_NAME).about("One token."),
+    "sub": text(1, MAX_NAME).about("All that a subject has until now."),
+}
+
+_EITHER: Final = {"required": [], "minProperties": 1, "maxProperties": 1}
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +123,13 @@ class Granting:
             Route(f"{API}/tokens/revoke", Resource(post=self.revoke)),
         ]
 
+    @Description(
+        needs="",
+        body=body_schema(_WISHES),
+        body_optional=True,
+        answers={201: document(Granted, "It is good for one GET within a minute.")},
+        problems=("unknown-run", "invalid-arguments"),
+    )
     async def make_ticket(self, request: Request) -> Response:
         """Swap a Bearer token for a ticket that allows as much, or less: 201. What it may open is not more."""
         claims = self._authenticator.claims(request)
@@ -80,8 +152,12 @@ class Granting:
         except ValueError as error:
             raise InvalidArguments(str(error), errors={"runs": "too long for a cookie"}) from error
         until = now + min(tokens.TICKET_SECONDS, session)
-        times = {"expires_at": rfc3339(int(until)), "session_expires_at": rfc3339(int(now + session))}
-        return answer({"ticket": ticket, **times}, 201)
+        made: Granted = {
+            "ticket": ticket,
+            "expires_at": rfc3339(int(until)),
+            "session_expires_at": rfc3339(int(now + session)),
+        }
+        return answer(made, 201)
 
     async def _narrowed(self, claims: Claims, wish: _Wish) -> Claims:
         """Return what the wish leaves of the claims.
@@ -114,6 +190,12 @@ class Granting:
                 raise Refusal("unknown-run", f"there is no run {id}, or the token does not reach it")
         return frozenset(runs)
 
+    @Description(
+        needs="operate",
+        body=body_schema(_REVOCABLE, _REVOCABLE) | _EITHER,
+        answers={200: document(Revoked, "It is refused from now on, after a restart as well.")},
+        problems=("too-many-revocations", "invalid-arguments"),
+    )
     async def revoke(self, request: Request) -> Response:
         """Take back one token (`jti`), or all that a subject has until now (`sub`); their streams end.
 
@@ -133,9 +215,9 @@ class Granting:
         finally:
             # Also when the answer of the store did not come in time: they are refused from now on in any case.
             ended = self._authenticator.sessions.end_revoked()
-        return answer(
-            {revocation.kind: revocation.name, "at": rfc3339(revocation.at), "ended_streams": ended}
-        )
+        found: Revoked = {"at": rfc3339(revocation.at), "ended_streams": ended}
+        found[revocation.kind] = revocation.name
+        return answer(found)
 
 
 def _check_tasks(claims: Claims, patterns: Iterable[str], actions: frozenset[str]) -> None:
@@ -155,60 +237,19 @@ def _wish(body: Mapping[str, Any]) -> _Wish:
     Raises:
       InvalidArguments: a message per field.
     """
-    known = {"actions": _actions, "runs": _runs, "tasks": _texts, "session": _session}
     errors: dict[str, str] = {}
-    found: dict[str, Any] = {}
-    for name, value in body.items():
-        if name not in known:
-            errors[name[:100]] = f"is no field here; there are {', '.join(known)}"
-            continue
-        try:
-            found[name] = known[name](value)
-        except ValueError as error:
-            errors[name] = str(error)
+    found = read(body, _WISHES, errors)
     if errors:
         raise InvalidArguments("the ticket cannot be made", errors=errors)
-    return _Wish(**found)
-
-
-def _texts(value: Any) -> tuple[str, ...]:
-    if not isinstance(value, list) or not all(isinstance(one, str) and one for one in value):
-        raise ValueError("must be a list of texts")
-    return tuple(value)
-
-
-def _actions(value: Any) -> frozenset[str]:
-    found = frozenset(_texts(value))
-    if not found or found - ACTIONS:
-        raise ValueError(f"must be a list of some of {', '.join(sorted(ACTIONS))}")
-    return found
-
-
-def _runs(value: Any) -> tuple[str, ...] | str:
-    if isinstance(value, str) and value in ("*", OWN):
-        return value
-    ids = [parse_run_id(text) for text in _texts(value)]
-    if not 0 < len(ids) <= _MAX_RUNS or None in ids:
-        raise ValueError(f'must be "*", "own", or a list of 1 to {_MAX_RUNS} ids of runs')
-    return tuple(id for id in ids if id is not None)
-
-
-def _session(value: Any) -> float:
-    fine = isinstance(value, int | float) and not isinstance(value, bool) and 1 <= value <= tokens.MAX_LIFE
-    if not fine:
-        raise ValueError(f"must be a number of seconds from 1 to {tokens.MAX_LIFE:.0f}")
-    return float(value)
+    return _Wish(**{name: _MEANINGS[name](value) for name, value in found.items()})
 
 
 def _revocation(body: Mapping[str, Any], now: float) -> Revocation:
-    kinds: tuple[Literal["jti", "sub"], ...] = ("jti", "sub")
-    errors = {str(name)[:100]: "is no field here; there are jti, sub" for name in body if name not in kinds}
-    for name in set(kinds) & set(body):
-        if not isinstance(body[name], str) or not 0 < len(body[name]) <= MAX_NAME:
-            errors[name] = f"must be a text of 1 to {MAX_NAME} characters"
-    if not errors and len(body) != 1:
+    errors: dict[str, str] = {}
+    found = read(body, _REVOCABLE, errors)
+    if not errors and (len(found), len(body)) != (1, 1):
         errors = {"jti": "give either jti (one token), or sub (all tokens of a subject)"}
     if errors:
         raise InvalidArguments("the revocation is invalid", errors=errors)
-    kind = kinds[0] if "jti" in body else kinds[1]
-    return Revocation(kind, body[kind], now)
+    kind: Literal["jti", "sub"] = "jti" if "jti" in found else "sub"
+    return Revocation(kind, found[kind], now)

@@ -38,13 +38,13 @@ def is_asked_for(request: h11.Request) -> bool:
     )
 
 
-def complaint(request: h11.Request) -> tuple[int, str] | None:
-    """Return HTTP status and detail for a request for a WebSocket that cannot become one; None: it can."""
+def complaint(request: h11.Request) -> tuple[str, str] | None:
+    """Return code and detail of the problem of a request for a WebSocket that cannot become one; None: it can."""
     versions, keys = _values(request, b"sec-websocket-version"), _values(request, b"sec-websocket-key")
     if versions != [VERSION]:
-        return 426, "send `Sec-WebSocket-Version: 13`, once"
+        return "upgrade-required", "send `Sec-WebSocket-Version: 13`, once"
     if len(keys) != 1 or not _is_key(keys[0]):
-        return 400, "send one Sec-WebSocket-Key: 16 random bytes in base64"
+        return "bad-request", "send one Sec-WebSocket-Key: 16 random bytes in base64"
     return None
 
 

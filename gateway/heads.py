@@ -35,21 +35,21 @@ class Parser(h11.Connection):
         return self.their_state is h11.MUST_CLOSE
 
 
-def refusal(request: h11.Request, max_bytes: int) -> int | None:
-    """Return the status to refuse a request with, None when its head is sound.
+def refusal(request: h11.Request, max_bytes: int) -> str | None:
+    """Return the code of the problem to refuse a request with, None when its head is sound.
 
     `max_bytes` bounds the head: h11 applies its own limit only to what is incomplete, and a head that comes in one
     piece passes it.
     """
     if request.http_version not in _VERSIONS:
-        return 505
+        return "http-version"
     if _size(request) > max_bytes:
-        return 431
+        return "headers-too-large"
     names = [name for name, _ in request.headers]
     if b"transfer-encoding" in names and (b"content-length" in names or request.http_version == b"1.0"):
-        return 400  # the smuggler's: a proxy may have gone by the other length, or have found none
+        return "ambiguous-length"  # the smuggler's: a proxy may have gone by the other length, or have found none
     if request.method != request.method.upper():
-        return 501  # a method is told by its letters' case; hypercorn would take `get` for GET
+        return "not-implemented"  # a method is told by its letters' case; hypercorn would take `get` for GET
     return None
 
 

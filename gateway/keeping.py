@@ -8,8 +8,11 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from gateway.auth import Authenticator
+from gateway.describing import Description, document
+from gateway.documents import Vacuumed
 from gateway.face import Engine
-from gateway.reading import Parameters, Refusal, read_object
+from gateway.fields import body_schema
+from gateway.reading import Parameters, Refusal, read_nothing
 from gateway.resource import answer
 from gateway.retention import Retention
 
@@ -25,6 +28,13 @@ class Keeping:
         self._authenticator = authenticator
         self._retention = retention
 
+    @Description(
+        needs="operate",
+        body=body_schema({}),
+        body_optional=True,
+        answers={200: document(Vacuumed, "What it came to.")},
+        problems=("not-incremental", "invalid-arguments"),
+    )
     async def vacuum(self, request: Request) -> Response:
         """Give free pages back for a while; `free_bytes` says what is left to do for another request.
 
@@ -32,9 +42,7 @@ class Keeping:
         """
         self._authenticator.require(request, "operate")
         Parameters(request, ())
-        body = await read_object(request, self._engine.settings.limits)
-        if body:
-            raise Refusal("bad-request", "a vacuum has no options: send no body, or {}")
+        await read_nothing(request, self._engine.settings.limits)
         found = await self._retention.vacuum(SECONDS)
         if not found["incremental"]:
             raise Refusal(

@@ -48,7 +48,11 @@ Incoming = Submit | Told | Answer | Recall
 
 
 class CourierLink:
-    """Speaks with the present courier; what it has not confirmed is said again to the next."""
+    """Speaks with the present courier; what it has not confirmed is said again to the next.
+
+    Attributes:
+      links: how many there were.
+    """
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
@@ -56,6 +60,7 @@ class CourierLink:
         self._sent: dict[int, int] = {}  # version by run number, unanswered
         self._numbers: dict[str, int] = {}  # number by run id, of those
         self._refilling = False
+        self.links = 0
         self._asked: dict[str, tuple[trio.Event, list[Answer]]] = {}
 
     @property
@@ -69,6 +74,7 @@ class CourierLink:
         if self._channel is not None:
             self._channel.close()
         self._channel = channel
+        self.links += 1
         self._sent.clear()
         self._numbers.clear()
         self._engine.wake()

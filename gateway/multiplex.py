@@ -16,18 +16,20 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp
 
-from gateway import sse
+from gateway import queries, sse
 from gateway.auth import Authenticator
+from gateway.describing import Description, Reply, names
 from gateway.face import Engine
 from gateway.fanout import Entry
+from gateway.fields import Field, array, body_schema
 from gateway.lagging import Lag
 from gateway.merging import Merger, MixedPiece, merging, stale
 from gateway.reach import limit_to_reach, reaches
 from gateway.reading import Parameters, Refusal, negotiate, read_object
-from gateway.selection import check_types, split_types
+from gateway.selection import check_types
 from gateway.sse import Cursor, Origin
 from gateway.store.rows import Mix, RunFilter, RunRow
-from gateway.stream import EventStream, Wish
+from gateway.stream import BUSY, EventStream, Wish
 from gateway.submission import MAX_TAG
 from taskkit.errors import InvalidArguments
 from taskkit.identifiers import parse_run_id
@@ -38,8 +40,30 @@ _T = TypeVar("_T")
 #: What a stream of many runs can be rendered as, the default first.
 RENDERINGS: Final = (sse.EVENT_STREAM, sse.NDJSON)
 
-#: Fields of a POST, as the parameters of a GET but for the plural.
-FIELDS: Final = ("runs", "tags", "types", "after", "until")
+#: Fields of a POST, as the parameters of a GET but for the plural. Items of a list are checked by `_of_body`.
+FIELDS: Final = {
+    "runs": array().about("Ids of runs."),
+    "tags": array().about("Every run with one of these tags, now or later."),
+    "types": array().about("Only events of these types; `stream.*` always."),
+    "after": Field(
+        lambda value: isinstance(value, str | int) and not isinstance(value, bool),
+        "must be the id of an event, latest or now",
+        {"type": ["string", "integer"]},
+        "Where to begin: an id of this stream, `latest` or `now`.",
+    ),
+    "until": Field(
+        lambda value: value == "done",
+        "must be done",
+        {"type": "string", "enum": ["done"]},
+        "`done` ends the stream when all of `runs` have ended.",
+    ),
+}
+
+_ANSWERS: Final = {
+    200: Reply(f"The stream. {BUSY}", dict.fromkeys(RENDERINGS, bytes)),
+    204: Reply("All of `run` have ended, and the client has all of them (with `until`)."),
+}
+_PROBLEMS: Final = ("unknown-run", "bad-cursor", "not-acceptable", "too-many-runs", "too-many-streams")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,11 +84,25 @@ class Multiplex:
         self._engine = engine
         self._authenticator = authenticator
 
+    @Description(
+        needs="read",
+        query=queries.MANY,
+        headers=(queries.LAST_EVENT_ID,),
+        answers=_ANSWERS,
+        problems=_PROBLEMS,
+    )
     async def follow(self, request: Request) -> ASGIApp:
         """Serve the stream of the runs in the query: `?run=…&run=…&tag=…`."""
         claims = (await self._authenticator.admit(request, "read")).claims
         return await self._stream(request, claims, _of_query(request))
 
+    @Description(
+        needs="read",
+        headers=(queries.LAST_EVENT_ID,),
+        body=body_schema(FIELDS),
+        answers=_ANSWERS,
+        problems=(*_PROBLEMS, "invalid-arguments"),
+    )
     async def follow_listed(self, request: Request) -> ASGIApp:
         """Serve the stream of the runs in the body, which has room for more than a URL."""
         claims = self._authenticator.require(request, "read")
@@ -176,7 +214,7 @@ def _parts(piece: MixedPiece | Lag) -> tuple[int | None, str, bytes]:
 
 
 def _of_query(request: Request) -> _Asked:
-    query = Parameters(request, (*sse.CURSOR_PARAMETERS, "run", "tag", "types", "until"))
+    query = Parameters(request, names(queries.MANY))
 
     def read(name: str, check: Callable[[Sequence[str]], _T]) -> _T:
         try:
@@ -184,8 +222,8 @@ def _of_query(request: Request) -> _Asked:
         except ValueError as error:
             raise query.refusal(name, str(error)) from error
 
-    runs, tags, types = read("run", _runs), read("tag", _tags), read("types", split_types)
-    until = query.choice("until", ["done"])
+    runs, tags, types = read("run", _runs), read("tag", _tags), queries.TYPES.of(query)
+    until = queries.DONE.of(query)
     for name, complaint in _wrong_choice("run", runs, tags, until).items():
         raise query.refusal(name, complaint)
     cursor = _cursor(request, request.query_params)
@@ -214,10 +252,9 @@ def _of_body(request: Request, body: Mapping[str, Any]) -> _Asked:
     runs, tags = read("runs", _runs, ()), read("tags", _tags, ())
     types = read("types", check_types, None)
     until, after = body.get("until"), body.get("after")
-    if until not in (None, "done"):
-        errors["until"] = "must be done"
-    if after is not None and (isinstance(after, bool) or not isinstance(after, str | int)):
-        errors["after"] = "must be the id of an event, latest or now"
+    for name, value in (("until", until), ("after", after)):
+        if value is not None and not FIELDS[name].check(value):
+            errors[name] = FIELDS[name].complaint
     errors = errors or _wrong_choice("runs", runs, tags, until)
     if errors:
         shown = "; ".join(f"{name}: {text}" for name, text in list(errors.items())[:5])

@@ -65,12 +65,19 @@ class Ordering:
         self._plan.tell(deadline)
 
     def cancel(self, row: AttemptRow, grace: float | None = None) -> None:
-        """Ask an attempt to stop because somebody wants its run to; it is ended when it does not within its grace."""
-        after = self._limits.cancel_grace_seconds if grace is None else grace
-        kill = self._limits.kill_grace_seconds
-        self._plan.tell(
-            Deadline(runner=row.runner, token=row.token, kind="cancelled", after=after, grace=kill)
+        """Ask an attempt to stop because somebody wants its run to; it is ended when it does not within its grace.
+
+        Asked again, it gets no more time: whoever is in a hurry shortens the grace, nobody prolongs it.
+        """
+        deadline = Deadline(
+            runner=row.runner,
+            token=row.token,
+            kind="cancelled",
+            after=self._limits.cancel_grace_seconds if grace is None else grace,
+            grace=self._limits.kill_grace_seconds,
+            at_most=True,
         )
+        self._plan.tell(deadline)
         self.ask_to_stop(row, "cancelled")
 
     def ask_to_stop(self, row: AttemptRow, reason: str) -> None:

@@ -13,7 +13,7 @@ import logging
 import math
 import secrets
 from collections.abc import Awaitable, Callable, Mapping
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, NotRequired, TypedDict
 
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, HTTPConnection, Request
@@ -51,6 +51,7 @@ CODES: Final[Mapping[str, Code]] = {
     "bad-primary-key": Code(400, "Bad primary key"),
     "bad-host": Code(400, "Bad Host header"),
     "client-gone": Code(400, "Client disconnected"),
+    "ambiguous-length": Code(400, "Length of the body is ambiguous"),
     # 401, 403: the token
     "token-missing": Code(401, "Token needed"),
     "token-malformed": Code(401, "Token is malformed"),
@@ -72,23 +73,25 @@ CODES: Final[Mapping[str, Code]] = {
     "unknown-runner": Code(404, "Runner not found"),
     "method-not-allowed": Code(405, "Method not allowed"),
     "not-acceptable": Code(406, "Not acceptable"),
+    "slow-body": Code(408, "Body too slow"),
     "idempotency-conflict": Code(409, "Idempotency key was used with another body"),
     "run-finished": Code(409, "Run has finished"),
     "run-open": Code(409, "Run has not finished"),
     "not-started": Code(409, "Task has not been started"),
+    "ambiguous-model": Code(409, "Several apps have such a model"),
     "not-incremental": Code(409, "Store cannot be made smaller while it is open"),
+    "too-many-revocations": Code(409, "Too many revocations"),
     "result-expired": Code(410, "Result was removed"),
     "too-large": Code(413, "Body too large"),
     "too-many-runs": Code(413, "Too many runs on one connection"),
     "unsupported-media-type": Code(415, "Unsupported media type"),
     "wrong-host": Code(421, "Host is not served here"),
-    "upgrade-required": Code(426, "WebSocket needed"),
     "invalid-submission": Code(422, "Submission is invalid"),
     "invalid-arguments": Code(422, "Arguments do not fit the task"),
+    "upgrade-required": Code(426, "WebSocket needed"),
     "queue-full": Code(429, "Queue is full"),
     "too-many-failures": Code(429, "Too many invalid tokens"),
     "too-many-streams": Code(429, "Too many streams of one token"),
-    "too-many-revocations": Code(409, "Too many revocations"),
     "headers-too-large": Code(431, "Request head too large"),
     # 5xx: us
     "internal": Code(500, "Internal error"),
@@ -98,6 +101,34 @@ CODES: Final[Mapping[str, Code]] = {
     "too-many-connections": Code(503, "Too many connections"),
     "http-version": Code(505, "HTTP version not supported"),
 }
+
+#: Headers that come with every problem of a status, each with its meaning.
+HEADERS: Final[Mapping[int, Mapping[str, str]]] = {
+    401: {"WWW-Authenticate": "The scheme, with what was wrong with the token (RFC 6750 §3)."},
+    403: {"WWW-Authenticate": "The scheme, with `insufficient_scope` (RFC 6750 §3.1)."},
+    405: {"Allow": "The methods that there are."},
+    426: {"Upgrade": "`websocket`."},
+    429: {"Retry-After": "Whole seconds until the same request may succeed."},
+    503: {"Retry-After": "Whole seconds until the same request may succeed."},
+}
+
+
+class Problem(TypedDict):
+    """An error (RFC 9457); `errors` has a message per field, `run` the id to send the same again with."""
+
+    type: str
+    title: str
+    status: int
+    detail: str
+    instance: NotRequired[str]
+    errors: NotRequired[dict[str, str]]
+    retry_after: NotRequired[float]
+    run: NotRequired[str]
+    parameter: NotRequired[str]
+    max_bytes: NotRequired[int]
+    incident: NotRequired[str]
+    index: NotRequired[int]
+
 
 #: Codes for a bare HTTP status, as Starlette's router and hypercorn's parser raise it.
 _BY_STATUS: Final[Mapping[int, str]] = {
@@ -177,21 +208,28 @@ def problem(
 def from_submit_error(error: SubmitError, instance: str | None = None) -> Response:
     """Return the problem of a submission that cannot become a run."""
     headers = {}
-    if error.retry_after is not None:
+    if (seconds := _retry_after(error)) is not None:
         # The header counts whole seconds (RFC 9110 §10.2.3); the member keeps the fraction.
-        headers["Retry-After"] = str(math.ceil(error.retry_after))
+        headers["Retry-After"] = str(math.ceil(seconds))
     if isinstance(error, Forbidden):
         headers["WWW-Authenticate"] = challenge("insufficient_scope", str(error))
-    return problem(
-        error.status,
-        error.code,
-        str(error),
-        instance=instance,
-        headers=headers,
-        errors=error.errors or None,
-        retry_after=error.retry_after,
-        run=error.run,
-    )
+    return problem(error.status, error.code, str(error), instance=instance, headers=headers, **_told(error))
+
+
+def of_submit_error(error: SubmitError, instance: str, **extra: Any) -> bytes:
+    """Return the same problem as a document, for an answer that holds others beside it."""
+    return document(error.status, error.code, str(error), instance=instance, **_told(error), **extra)
+
+
+def _told(error: SubmitError) -> dict[str, Any]:
+    """Return the further members of the problem of a submission."""
+    return {"errors": error.errors or None, "retry_after": _retry_after(error), "run": error.run}
+
+
+def _retry_after(error: SubmitError) -> float | None:
+    """Return seconds to come back after: whatever passes by itself says some."""
+    passes = error.status in (429, 503)
+    return STORE_RETRY if passes and error.retry_after is None else error.retry_after
 
 
 def from_token_error(error: TokenError, instance: str | None = None) -> Response:

@@ -18,7 +18,9 @@ import trio
 from starlette.requests import Request
 from starlette.responses import Response
 
-from gateway.problems import problem
+from gateway.fields import read
+from gateway.problems import CODES, document, problem
+from taskkit.errors import InvalidArguments
 from taskkit.settings import LimitSettings
 
 #: A query parameter that any GET may have: what lets a browser in (gateway.auth).
@@ -38,13 +40,11 @@ class Refusal(Exception):
         code: str,
         detail: str,
         *,
-        status: int | None = None,
         headers: Mapping[str, str] | None = None,
         **extra: Any,
     ) -> None:
         super().__init__(detail)
         self.code = code
-        self.status = status
         self.headers = headers
         self.extra = extra
 
@@ -53,13 +53,19 @@ async def on_refusal(request: Request, error: Exception) -> Response:
     """Return the problem document of a Refusal, for Starlette's table of exception handlers."""
     assert isinstance(error, Refusal)
     return problem(
-        error.status,
+        None,
         error.code,
         str(error),
         instance=request.url.path,
         headers=error.headers,
         **error.extra,
     )
+
+
+def document_of(error: Refusal, instance: str, **extra: Any) -> bytes:
+    """Return the same problem as a document, for an answer that holds others beside it."""
+    status = CODES[error.code].status
+    return document(status, error.code, str(error), instance=instance, **error.extra, **extra)
 
 
 async def read_object(request: Request, limits: LimitSettings) -> dict[str, Any]:
@@ -75,8 +81,20 @@ async def read_object(request: Request, limits: LimitSettings) -> dict[str, Any]
     return parse_object(body) if body else {}
 
 
-async def read_body_of_json(request: Request, limits: LimitSettings) -> bytes:
-    """Return the body of a request that says it is JSON, or says nothing.
+async def read_nothing(request: Request, limits: LimitSettings) -> None:
+    """Refuse a body that says something: nothing of it would have an effect. An empty object is nothing.
+
+    Raises:
+      InvalidArguments: it has fields; `errors` names them. Refusal: as `read_object`.
+    """
+    errors: dict[str, str] = {}
+    read(await read_object(request, limits), {}, errors)
+    if errors:
+        raise InvalidArguments("this request takes no fields", errors=errors)
+
+
+async def read_body_of_json(request: Request, limits: LimitSettings, bound: str = "body_bytes") -> bytes:
+    """Return the body of a request that says it is JSON, or says nothing; `bound` names the limit of its length.
 
     Raises:
       Refusal: 415, 413 (as soon as it is too long, or announced so), 408 after LIMITS.body_seconds: who sends a
@@ -84,8 +102,25 @@ async def read_body_of_json(request: Request, limits: LimitSettings) -> bytes:
       ClientDisconnect: the client left within its body.
     """
     _check_type(request)
-    _check_length(request, limits.body_bytes)
-    return await _read_body(request, limits)
+    max_bytes: int = getattr(limits, bound)
+    length = request.headers.get("content-length", "")
+    if length.isascii() and length.isdecimal() and int(length[:20]) > max_bytes:
+        raise _too_large(max_bytes, bound)
+    body = bytearray()
+    with trio.move_on_after(limits.body_seconds) as scope:
+        # Closed at once when it is left early: trio warns of generators that only the collector ends.
+        async with aclosing(request.stream()) as chunks:
+            async for chunk in chunks:
+                body += chunk
+                if len(body) > max_bytes:
+                    raise _too_large(max_bytes, bound)
+    if scope.cancelled_caught:
+        raise Refusal(
+            "slow-body",
+            f"the body did not arrive within LIMITS.body_seconds = {limits.body_seconds:g}",
+            headers={"Connection": "close"},
+        )
+    return bytes(body)
 
 
 def _check_type(request: Request) -> None:
@@ -101,39 +136,14 @@ def _check_type(request: Request) -> None:
         )
 
 
-def _check_length(request: Request, max_bytes: int) -> None:
-    length = request.headers.get("content-length", "")
-    if length.isascii() and length.isdecimal() and int(length[:20]) > max_bytes:
-        raise _too_large(max_bytes)
-
-
-def _too_large(max_bytes: int) -> Refusal:
+def _too_large(max_bytes: int, bound: str) -> Refusal:
     # The rest of the body is not read: the connection cannot serve another request.
     return Refusal(
         "too-large",
-        f"the body exceeds LIMITS.body_bytes = {max_bytes}",
+        f"the body exceeds LIMITS.{bound} = {max_bytes}",
         headers={"Connection": "close"},
         max_bytes=max_bytes,
     )
-
-
-async def _read_body(request: Request, limits: LimitSettings) -> bytes:
-    body = bytearray()
-    with trio.move_on_after(limits.body_seconds) as scope:
-        # Closed at once when it is left early: trio warns of generators that only the collector ends.
-        async with aclosing(request.stream()) as chunks:
-            async for chunk in chunks:
-                body += chunk
-                if len(body) > limits.body_bytes:
-                    raise _too_large(limits.body_bytes)
-    if scope.cancelled_caught:
-        raise Refusal(
-            "bad-request",
-            f"the body did not arrive within LIMITS.body_seconds = {limits.body_seconds:g}",
-            status=408,
-            headers={"Connection": "close"},
-        )
-    return bytes(body)
 
 
 def parse_object(body: bytes) -> dict[str, Any]:

@@ -18,20 +18,18 @@ class Resource:
     """Serves one path as an ASGI application: HEAD, OPTIONS and 405 follow from the handlers that there are.
 
     Starlette's own routes answer a 405 with the methods of the first route of that path only.
+
+    Attributes:
+      handlers: by method.
     """
 
     def __init__(self, *, get: Handler | None = None, post: Handler | None = None) -> None:
-        self._handlers = {name: one for name, one in (("GET", get), ("HEAD", get), ("POST", post)) if one}
-        self._allow = ", ".join([*self._handlers, "OPTIONS"])
-
-    @property
-    def methods(self) -> tuple[str, ...]:
-        """The methods that it has handlers for."""
-        return tuple(self._handlers)
+        self.handlers = {name: one for name, one in (("GET", get), ("HEAD", get), ("POST", post)) if one}
+        self._allow = ", ".join([*self.handlers, "OPTIONS"])
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
-        handler = self._handlers.get(scope["method"])
+        handler = self.handlers.get(scope["method"])
         if handler is None and scope["method"] == "OPTIONS":
             await Response(None, 204, {"Allow": self._allow})(scope, receive, send)
             return

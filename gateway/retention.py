@@ -15,6 +15,7 @@ from typing import Any, Final
 import trio
 
 from gateway.ages import AgeClock
+from gateway.documents import Kept, Vacuumed
 from gateway.store.protocol import Store, StoreError
 from gateway.store.removal import (
     OldestEvents,
@@ -288,7 +289,7 @@ class Retention:
         self._pass.blobs += number
         self._pass.blob_bytes += size
 
-    async def vacuum(self, seconds: float) -> dict[str, Any]:
+    async def vacuum(self, seconds: float) -> Vacuumed:
         """Give free pages back to the disk for at most `seconds`; return what that came to.
 
         Cancelled, it has given back what it has. A second call waits for the first, within its own time.
@@ -315,7 +316,7 @@ class Retention:
             "seconds": round(trio.current_time() - started, 3),
         }
 
-    async def statistics(self) -> dict[str, Any]:
+    async def statistics(self) -> Kept:
         """Return what the store takes of the disk, and what was removed.
 
         Raises:

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import psutil
+
+from gateway import face
+from gateway.documents import Runner
+from gateway.snapshot import rfc3339
 from gateway.state import OpenAttempt, RunnerState
 
 
@@ -47,3 +53,36 @@ def _state_of(runner: RunnerState) -> str:
     if runner.tokens:
         return "BUSY"
     return "RETIRING" if runner.retiring else "IDLE"
+
+
+def measure(views: Sequence[face.RunnerView]) -> list[Runner]:
+    """Return the runners with RSS in bytes, CPU and age in seconds. Reads /proc: call it in a thread."""
+    return [_runner(view) for view in views]
+
+
+def _runner(view: face.RunnerView) -> Runner:
+    rss, cpu = (None, None) if view.state == "EXITED" else _usage(view.pid)
+    return {
+        "id": view.id,
+        "pid": view.pid,
+        "pool": view.pool,
+        "role": view.role,
+        "state": view.state,
+        "runs": view.runs,
+        "rss": rss,
+        "cpu": cpu,
+        "started_at": rfc3339(view.started_at),
+        "age": round(max(0.0, time.time() - view.started_at), 3),
+        "runs_done": view.runs_done,
+        "last_ending": view.last_ending,
+    }
+
+
+def _usage(pid: int) -> tuple[int | None, float | None]:
+    """Return RSS and CPU of a process; nothing of one that has just gone, or is no longer ours to see."""
+    try:
+        process = psutil.Process(pid)
+        times = process.cpu_times()
+        return process.memory_info().rss, round(times.user + times.system, 3)
+    except (psutil.Error, ValueError):
+        return None, None

@@ -13,10 +13,13 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from gateway.describing import Description, Header, Reply
 from gateway.reading import Parameters
 from gateway.resource import Resource
 
 PATH: Final = "/tasks.js"
+
+IF_NONE_MATCH: Final = Header("If-None-Match", "The `ETag` of what the client has.", {"type": "string"})
 
 #: `no-cache`: a browser keeps it, and asks each time whether it is still the gateway's (304), so that an upgrade
 #: reaches every page at its next load.
@@ -38,6 +41,17 @@ class Script:
         """Return the route, for Starlette."""
         return [Route(PATH, Resource(get=self.show))]
 
+    @Description(
+        needs=None,
+        headers=(IF_NONE_MATCH,),
+        answers={
+            200: Reply(
+                "The module.", {"text/javascript": str}, {"ETag": "What tells one version from another."}
+            ),
+            304: Reply("The client has it."),
+        },
+        problems=("bad-parameter",),
+    )
     async def show(self, request: Request) -> Response:
         """Serve the file, or 304 when the client has this very one."""
         Parameters(request, ())

@@ -11,16 +11,17 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
-from gateway import snapshot, sse
+from gateway import queries, snapshot, sse
 from gateway.api import read_cursor, result_of
 from gateway.auth import Authenticator
+from gateway.describing import Description, Reply, choice
 from gateway.face import Engine
 from gateway.following import wait_for_end
 from gateway.leaving import watched
 from gateway.reading import Refusal, asks_for
 from gateway.resource import Resource, answer
 from gateway.store.rows import RunRow
-from gateway.stream import HEADERS, RunStream, Wish, is_over
+from gateway.stream import BUSY, HEADERS, RunStream, Wish, is_over
 from gateway.submission import row_submission
 from taskkit.errors import NotWritable
 from taskkit.lifecycle import RunStatus
@@ -41,6 +42,10 @@ _WORDS: Final = {
     RunStatus.CANCELLED: "cancelled",
 }
 
+_REFUSALS: Final = ("unknown-row", "bad-primary-key", "ambiguous-model", "not-started")
+
+REPLAY: Final = choice("replay", ["all", "latest"], "Where a client without a cursor begins.")
+
 
 class SeedRoutes:
     """Serves /stream/{app}/{model}/{pk} and /stream/{model}/{pk} over one engine."""
@@ -57,6 +62,18 @@ class SeedRoutes:
             Route("/stream/{model}/{pk}", resource),
         ]
 
+    @Description(
+        needs="read",
+        query=(REPLAY, *queries.BEGIN),
+        headers=(queries.LAST_EVENT_ID,),
+        answers={
+            200: Reply(
+                f"The stream, or the outcome. {BUSY}", {sse.EVENT_STREAM: bytes, sse.JSON: dict[str, Any]}
+            ),
+            204: Reply("The run has ended, and the client has all of it."),
+        },
+        problems=(*_REFUSALS, "bad-cursor", "queue-full", "too-many-streams"),
+    )
     async def show(self, request: Request) -> ASGIApp:
         """Serve the stream of a task row, or its outcome to a client that asks for no event stream."""
         claims = (await self._authenticator.admit(request, "read")).claims
@@ -162,9 +179,8 @@ def _row(found: Answer) -> Row:
         raise Refusal("bad-primary-key", found.detail or "the primary key cannot be read")
     if found.status == "ambiguous":
         raise Refusal(
-            "bad-request",
+            "ambiguous-model",
             found.detail or "several apps have such a model: use /stream/{app}/{model}/{pk}",
-            status=409,
         )
     if found.status == "away":
         raise NotWritable(found.detail or "the database does not answer", retry_after=OUTCOME_SECONDS)

@@ -21,6 +21,7 @@ from starlette.types import ASGIApp
 
 from gateway import problems
 from gateway.connection import Connection, Peer, ServeLimits, reset
+from gateway.tally import DoorTally
 
 __all__ = ["Peer", "ServeLimits", "serve"]
 
@@ -69,6 +70,7 @@ async def serve(
     shutdown: trio.Event,
     grace: float,
     state: Mapping[str, Any],
+    door: DoorTally | None = None,
     task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Serve `app` on listening sockets until `shutdown` is set, then for at most `grace` seconds more.
@@ -80,11 +82,12 @@ async def serve(
 
     Args:
       state: goes into every request's `scope["state"]`; `peer` is added to it.
+      door: connections are counted here.
 
     Raises:
       ExceptionGroup: of an OSError, when a socket in `sockets` does not listen. The caller's fault.
     """
-    server = _Server(app, limits, state)
+    server = _Server(app, limits, state, door or DoorTally())
     async with trio.open_nursery() as nursery:
         server.nursery = nursery
         try:
@@ -114,8 +117,9 @@ class _Pace:
 class _Server:
     """The connections of one `serve` call."""
 
-    def __init__(self, app: ASGIApp, limits: ServeLimits, state: Mapping[str, Any]) -> None:
+    def __init__(self, app: ASGIApp, limits: ServeLimits, state: Mapping[str, Any], door: DoorTally) -> None:
         self.nursery: trio.Nursery
+        self._door = door
         self._app = app
         self._limits = limits
         self._state = state
@@ -194,6 +198,8 @@ class _Server:
             return
         connection = Connection(self._app, sock, self._config, self._context, self._limits, self._state)
         self._open.add(connection)
+        self._door.accepted += 1
+        self._door.open += 1
         self.nursery.start_soon(self._run, connection)
 
     async def _run(self, connection: Connection) -> None:
@@ -204,9 +210,11 @@ class _Server:
             logger.error("a connection failed, the others go on", exc_info=errors)
         finally:
             self._open.discard(connection)
+            self._door.open -= 1
             self._gone.set()
 
     def _refuse(self, sock: trio.socket.SocketType) -> None:
+        self._door.refused += 1
         if len(self._refusing) >= REFUSALS:
             reset(sock)
             return

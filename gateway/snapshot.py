@@ -8,15 +8,138 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Mapping, Sequence
-from typing import Any, Final
+from typing import Annotated, Any, Final, NotRequired, TypedDict
 
 import msgspec
 
 from gateway import sse
 from gateway.store.rows import AttemptRow, OutputRow, RunRow
+from taskkit.lifecycle import RunStatus
 from taskkit.wire.messages import TaskInfo
 
 API: Final = "/api/v1"
+
+#: RFC 3339 UTC.
+Time = Annotated[str, msgspec.Meta(extra_json_schema={"format": "date-time"})]
+
+
+class Urls(TypedDict):
+    """Where a run can be found, as paths."""
+
+    self: str
+    events: str
+    result: str
+    cancel: str
+
+
+class Accepted(TypedDict):
+    """A submission that is a run now."""
+
+    id: str
+    status: RunStatus
+    task: str
+    urls: Urls
+    token: str
+
+
+class BatchOutcome(Accepted):
+    """An item of a batch that is a run now; `replayed`: it was there before."""
+
+    index: int
+    replayed: bool
+
+
+class Summary(TypedDict):
+    """A run as lists show it."""
+
+    id: str
+    status: RunStatus
+    task: str
+    pool: str
+    priority: int
+    attempt: int
+    max_attempts: int
+    cancelling: bool
+    created_at: Time | None
+    run_after: Time | None
+    started_at: Time | None
+    finished_at: Time | None
+    timeout: float | None
+    progress: msgspec.Raw | None
+    error: msgspec.Raw | None
+    metadata: msgspec.Raw | None
+    tags: tuple[str, ...]
+    replay_of: str | None
+    urls: Urls
+
+
+class Page(TypedDict):
+    """A page of runs, newest first; `next` is the cursor of the page that follows."""
+
+    runs: list[Summary]
+    next: str | None
+
+
+class Attempt(TypedDict):
+    """One attempt of a run; `stderr` is there for the newest that ended badly, given the action `logs`."""
+
+    number: int
+    runner: str
+    pid: int
+    assigned_at: Time | None
+    started_at: Time | None
+    ended_at: Time | None
+    ending: str | None
+    cause: msgspec.Raw | None
+    failure: msgspec.Raw | None
+    stderr: NotRequired[list[str]]
+
+
+class Offsets(TypedDict):
+    """The events that the store has, and the cursor behind the newest."""
+
+    first: int
+    last: int
+    cursor: str
+
+
+class Snapshot(Summary):
+    """A run as it stands."""
+
+    result: msgspec.Raw | None
+    result_expired: bool
+    attempts: list[Attempt]
+    subscribers: int
+    offsets: Offsets
+
+
+class Result(TypedDict):
+    """How a run ended: `result` of a successful one, else `error`; neither while it has not."""
+
+    id: str
+    status: RunStatus
+    result: NotRequired[msgspec.Raw | None]
+    error: NotRequired[msgspec.Raw | None]
+    finished_at: NotRequired[Time | None]
+
+
+class Task(TypedDict):
+    """A task of the catalogue; `parameters` is a JSON Schema."""
+
+    name: str
+    path: str
+    kind: str
+    doc: str
+    parameters: dict[str, Any]
+    positional: tuple[str, ...]
+    pool: str
+    priority: int
+    timeout: float | None
+    max_attempts: int
+    memory_limit: int | None
+    on_lost: str
+    on_disconnect: str
+    metadata: dict[str, Any]
 
 
 def rfc3339(moment: float | None) -> str | None:
@@ -35,18 +158,18 @@ def raw(data: bytes | None) -> msgspec.Raw | None:
     return None if data is None else msgspec.Raw(data)
 
 
-def urls(run: str) -> dict[str, str]:
+def urls(run: str) -> Urls:
     """Return where a run can be found, as paths: behind a proxy only the client knows the host."""
     base = f"{API}/runs/{run}"
     return {"self": base, "events": f"{base}/events", "result": f"{base}/result", "cancel": f"{base}/cancel"}
 
 
-def accepted(run: RunRow, token: str) -> dict[str, Any]:
+def accepted(run: RunRow, token: str) -> Accepted:
     """Return the answer to a submission."""
     return {"id": run.id, "status": run.status, "task": run.task, "urls": urls(run.id), "token": token}
 
 
-def summary(run: RunRow) -> dict[str, Any]:
+def summary(run: RunRow) -> Summary:
     """Return a run as lists show it."""
     return {
         "id": run.id,
@@ -79,7 +202,7 @@ def snapshot(
     first: int,
     subscribers: int,
     result: msgspec.Raw | None,
-) -> dict[str, Any]:
+) -> Snapshot:
     """Return a run as it stands: the summary, its result, every attempt with its ending.
 
     Args:
@@ -96,13 +219,13 @@ def snapshot(
     }
 
 
-def attempt(row: AttemptRow, lines: Sequence[OutputRow] | None) -> dict[str, Any]:
+def attempt(row: AttemptRow, lines: Sequence[OutputRow] | None) -> Attempt:
     """Return one attempt with its ending.
 
     `cause` has signal, exit code, max RSS and CPU seconds of a runner that died; `stderr` is there if
     `lines` are.
     """
-    shown = {
+    shown: Attempt = {
         "number": row.number,
         "runner": row.runner,
         "pid": row.pid,
@@ -118,12 +241,15 @@ def attempt(row: AttemptRow, lines: Sequence[OutputRow] | None) -> dict[str, Any
     return shown
 
 
-def result(run: RunRow, value: msgspec.Raw | None) -> dict[str, Any]:
+def result(run: RunRow, value: msgspec.Raw | None) -> Result:
     """Return how a run ended: `result` of a successful one, else `error`."""
-    shown: dict[str, Any] = {"id": run.id, "status": run.status}
+    shown: Result = {"id": run.id, "status": run.status}
     if run.status.is_terminal:
-        outcome = {"result": value} if run.error is None else {"error": raw(run.error)}
-        shown |= outcome | {"finished_at": rfc3339(run.finished_at)}
+        shown["finished_at"] = rfc3339(run.finished_at)
+        if run.error is None:
+            shown["result"] = value
+        else:
+            shown["error"] = raw(run.error)
     return shown
 
 
@@ -136,7 +262,7 @@ def log_data(row: OutputRow, run: str) -> bytes:
     return msgspec.json.encode(shown)
 
 
-def task(info: TaskInfo) -> dict[str, Any]:
+def task(info: TaskInfo) -> Task:
     """Return a task as the catalogue shows it."""
     return {
         "name": info.name,

@@ -36,7 +36,8 @@ CURSOR_PARAMETERS: Final = ("after", "last_event_id", "lastEventId")
 _LINE_BREAK: Final = re.compile(rb"\r\n|\r|\n")
 _UNSAFE_IN_FIELD: Final = re.compile(r"[\r\n\0]")
 #: An id: `offset`, behind a power cut `eN-offset`; an output line adds `.line`. Epoch 0 is never written.
-_ID: Final = re.compile(r"(?:e([1-9][0-9]{0,8})-)?([0-9]{1,18})(?:\.([0-9]{1,18}))?")
+ID_PATTERN: Final = r"(?:e([1-9][0-9]{0,8})-)?([0-9]{1,18})(?:\.([0-9]{1,18}))?"
+_ID: Final = re.compile(ID_PATTERN)
 
 
 def _field(text: str) -> bytes:

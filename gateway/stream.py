@@ -20,6 +20,7 @@ from starlette.types import Receive, Scope, Send
 
 from gateway import sse
 from gateway.connection import Peer
+from gateway.documents import EventPage
 from gateway.fanout import Entry, Hub, Subscription
 from gateway.following import Follower, Line, Piece, Reset
 from gateway.lagging import READS, Lag, Pace, Portion
@@ -58,6 +59,9 @@ HEADERS: Final = (
     (b"x-content-type-options", b"nosniff"),
     (b"vary", b"Accept, Origin"),
 )
+
+#: What else a client that asks for events may hear (gateway.sessions).
+BUSY: Final = "With too many open, events are `stream.busy` alone, and when to come back."
 
 #: What a stream can be rendered as, the default first: `curl -N` says `*/*`.
 RENDERINGS: Final = (sse.EVENT_STREAM, sse.JSON, sse.NDJSON, sse.PLAIN)
@@ -294,7 +298,9 @@ class EventStream(ABC, Generic[_Piece]):
             if not pieces:
                 break
             portion.add(self._wanted(pieces))
-        return portion.pieces()
+        told = portion.pieces()
+        self._hub.tally.lags += sum(isinstance(piece, Lag) for piece in told)
+        return told
 
     def _wanted(self, pieces: Sequence[_Piece]) -> Sequence[_Piece]:
         types = self._wish.types
@@ -303,6 +309,7 @@ class EventStream(ABC, Generic[_Piece]):
     async def _deliver(
         self, pieces: Sequence[_Piece | Lag], source: Source[_Piece], client: Client, send: Send
     ) -> None:
+        self._hub.tally.delivered += len(pieces)
         body = b"".join([self._render(piece) for piece in pieces])
         for start in range(0, len(body), CHUNK):
             if client.gone or client.dismissed:
@@ -380,8 +387,8 @@ async def read_page(
     limit: int,
     wait: float,
     types: frozenset[str] | None = None,
-) -> dict[str, Any]:
-    """Return a page of a stream: `{events: [{id, type, data}], next, ended}`.
+) -> EventPage:
+    """Return a page of a stream.
 
     Waits up to `wait` seconds for the first event of `types`. At most `limit` events and 64 KiB of data, unless the
     first alone exceeds that. `next` is the cursor of the page that follows, behind what is not of `types` as well;
@@ -405,12 +412,11 @@ async def read_page(
                 break
             if not pieces:
                 await client.wait(follower.wait, now + wait)
-    parts = [_parts(piece, run.id) for piece in shown[:limit]]
+    told = [(piece.id, *_parts(piece, run.id)[1:]) for piece in shown[:limit]]
+    hub.tally.delivered += len(told)
     return {
-        "events": [
-            {"id": id, "type": type, "data": msgspec.Raw(data or b"null")} for id, type, data in parts
-        ],
-        "next": parts[-1][0] if len(shown) > limit else following,
+        "events": [{"id": id, "type": type, "data": msgspec.Raw(data or b"null")} for id, type, data in told],
+        "next": told[-1][0] if len(shown) > limit else following,
         "ended": follower.done and len(shown) <= limit,
     }
 

@@ -6,47 +6,62 @@ field.
 
 from __future__ import annotations
 
-import datetime
 import hashlib
 import itertools
-import math
-import re
-import uuid
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
 import msgspec
 
 from gateway.arguments import MAX_ERRORS, Validator, argument_errors, compile_schema, unfit
+from gateway.fields import (
+    Field,
+    array,
+    mapping,
+    parse_time,
+    read,
+    some_seconds,
+    text,
+    texts,
+    time_in_utc,
+    uuid7,
+    whole,
+)
 from gateway.store.rows import RunRow
 from taskkit.errors import InvalidArguments, UnknownTask
 from taskkit.identifiers import new_run_id, parse_run_id
 from taskkit.settings import LimitSettings, PoolSettings
 from taskkit.wire.messages import Row, TaskInfo
 
-#: Everything a submission may contain; anything else is refused by name.
-KEYS: Final = (
-    "task",
-    "args",
-    "kwargs",
-    "fields",
-    "pool",
-    "priority",
-    "run_after",
-    "timeout",
-    "max_attempts",
-    "metadata",
-    "tags",
-    "id",
-)
-
 MAX_TAGS: Final = 20
 MAX_TAG: Final = 100  # characters
 MAX_METADATA: Final = 16 * 1024  # bytes of JSON; it travels with the run to every process that shows it
 MAX_ATTEMPTS: Final = 100
 
-_RFC3339_UTC: Final = re.compile(r"\d{4}-\d\d-\d\d[Tt ]\d\d:\d\d:\d\d(\.\d{1,9})?([Zz]|\+00:00)")
+_ID: Final = uuid7().about(
+    "The `run` of a 503 answer: the same submission again.",
+    "must be a UUIDv7, as a 503 answer gives it; leave it out for a new run",
+)
+
+#: Everything a submission may contain; anything else is refused by name.
+FIELDS: Final[Mapping[str, Field]] = {
+    "task": text().about("Name or dotted path of the task.", "must be the name of a task"),
+    "args": array().about("Arguments of a function, by position."),
+    "kwargs": mapping().about("Arguments of a function, by name."),
+    "fields": mapping().about("Fields of a new row of a model task."),
+    "pool": text().about("Pool of runners; default: the task's own.", "must be the name of a pool"),
+    "priority": whole(-100, 100).about("The larger is performed first."),
+    "run_after": time_in_utc().about("Not before this moment."),
+    "timeout": some_seconds().about("Seconds per attempt."),
+    "max_attempts": whole(1, MAX_ATTEMPTS).about("Attempts until the run has failed."),
+    "metadata": mapping().about(f"Travels with the run; at most {MAX_METADATA} bytes of JSON."),
+    "tags": texts(MAX_TAGS, MAX_TAG).about("What lists of runs can be narrowed by."),
+    "id": _ID,
+}
+
+#: What a replay may say.
+REPLAY_FIELDS: Final[Mapping[str, Field]] = {"id": _ID}
 
 
 @dataclass(slots=True, kw_only=True)
@@ -212,7 +227,8 @@ def replay_of(
     Raises:
       InvalidArguments: the body has something else.
     """
-    errors = {str(key)[:100]: "is no field here; there is id" for key in body if key != "id"}
+    errors: dict[str, str] = {}
+    read(body, REPLAY_FIELDS, errors)
     id = _Reader(body, errors, row_exists=True).id()
     if errors:
         raise InvalidArguments("the replay is invalid", errors=errors)
@@ -236,24 +252,9 @@ def replay_of(
     )
 
 
-def parse_time(text: str) -> float | None:
-    """Return the Unix time of an RFC 3339 text in UTC, or None when it is none."""
-    if not _RFC3339_UTC.fullmatch(text):
-        return None
-    try:
-        moment = datetime.datetime.fromisoformat(text.upper().replace("Z", "+00:00"))
-    except ValueError:
-        return None
-    return moment.timestamp()
-
-
 def _unknown(body: Mapping[str, Any]) -> dict[str, str]:
-    unknown = itertools.islice((key for key in body if key not in KEYS), MAX_ERRORS)
-    return {key[:100]: f"is no field of a submission; there are {', '.join(KEYS)}" for key in unknown}
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    unknown = itertools.islice((key for key in body if key not in FIELDS), MAX_ERRORS)
+    return {key[:100]: f"is no field of a submission; there are {', '.join(FIELDS)}" for key in unknown}
 
 
 class _Reader:
@@ -264,65 +265,43 @@ class _Reader:
         self._errors = errors
         self._row_exists = row_exists
 
-    def _get(self, key: str, check: Callable[[Any], bool], complaint: str) -> Any:
+    def _get(self, key: str) -> Any:
         value = self._body.get(key)
-        if value is None or check(value):
+        if value is None or FIELDS[key].check(value):
             return value
-        self._errors[key] = complaint
+        self._errors[key] = FIELDS[key].complaint
         return None
 
     def id(self) -> str:
-        text = self._get("id", lambda value: isinstance(value, str), "must be the id that a 503 answer gave")
-        if text is None:
-            return new_run_id()
-        found = parse_run_id(text)
-        if found is None or uuid.UUID(found).version != 7:
-            self._errors["id"] = "must be a UUIDv7, as a 503 answer gives it; leave it out for a new run"
-            return ""
-        return found
+        text = self._get("id")
+        return new_run_id() if text is None else parse_run_id(text) or ""
 
     def pool(self, task: TaskInfo, pools: Mapping[str, PoolSettings]) -> str:
-        name = (
-            self._get("pool", lambda value: isinstance(value, str), "must be the name of a pool") or task.pool
-        )
+        name = self._get("pool") or task.pool
         if name not in pools:
             self._errors["pool"] = f"there is no pool {name[:100]!r}; there are {', '.join(sorted(pools))}"
         return str(name)
 
     def priority(self, task: TaskInfo) -> int:
-        value = self._get(
-            "priority",
-            lambda value: type(value) is int and -100 <= value <= 100,
-            "must be a whole number from -100 to 100",
-        )
+        value = self._get("priority")
         return task.priority if value is None else int(value)
 
     def run_after(self) -> float | None:
-        text = self._get(
-            "run_after",
-            lambda value: isinstance(value, str) and parse_time(value) is not None,
-            "must be an RFC 3339 time in UTC, for example 2026-01-31T12:00:00Z; convert other zones before",
-        )
+        text = self._get("run_after")
         return None if text is None else parse_time(text)
 
     def timeout(self, task: TaskInfo, pool: PoolSettings | None) -> float | None:
-        value = self._get(
-            "timeout", lambda value: _is_number(value) and value > 0, "must be a number of seconds above 0"
-        )
+        value = self._get("timeout")
         if value is not None:
             return float(value)
         return task.timeout if task.timeout is not None or pool is None else pool.timeout
 
     def max_attempts(self, task: TaskInfo) -> int:
-        value = self._get(
-            "max_attempts",
-            lambda value: type(value) is int and 1 <= value <= MAX_ATTEMPTS,
-            f"must be a whole number from 1 to {MAX_ATTEMPTS}",
-        )
+        value = self._get("max_attempts")
         return task.max_attempts if value is None else int(value)
 
     def metadata(self, task: TaskInfo) -> bytes:
-        value = self._get("metadata", lambda value: isinstance(value, dict), "must be an object") or {}
+        value = self._get("metadata") or {}
         packed = msgspec.json.encode(value)
         if len(packed) > MAX_METADATA:
             self._errors["metadata"] = f"has {len(packed)} bytes of JSON; {MAX_METADATA} are allowed"
@@ -331,14 +310,7 @@ class _Reader:
         return msgspec.json.encode({**task.metadata, **value})
 
     def tags(self) -> tuple[str, ...]:
-        def check(value: Any) -> bool:
-            return isinstance(value, list) and len(value) <= MAX_TAGS and all(map(tag, value))
-
-        def tag(value: Any) -> bool:
-            return isinstance(value, str) and 0 < len(value) <= MAX_TAG
-
-        complaint = f"must be a list of at most {MAX_TAGS} texts of 1 to {MAX_TAG} characters"
-        return tuple(dict.fromkeys(self._get("tags", check, complaint) or ()))
+        return tuple(dict.fromkeys(self._get("tags") or ()))
 
     def arguments(self, task: TaskInfo, catalogue: Catalogue, limits: LimitSettings) -> tuple[bytes, bytes]:
         """Return args and kwargs as JSON; for a model task both are empty and `fields` is checked instead."""
@@ -365,14 +337,14 @@ class _Reader:
         for key in ("args", "kwargs"):
             if self._body.get(key):
                 self._errors[key] = "this task is a model: give `fields`"
-        fields = self._get("fields", lambda value: isinstance(value, dict), "must be an object")
+        fields = self._get("fields")
         return None if "fields" in self._errors else fields or {}
 
     def _function_arguments(self, task: TaskInfo) -> dict[str, Any] | None:
         if self._body.get("fields") is not None:
             self._errors["fields"] = "this task is a function: give `kwargs` or `args`"
-        args = self._get("args", lambda value: isinstance(value, list), "must be a list") or []
-        kwargs = self._get("kwargs", lambda value: isinstance(value, dict), "must be an object") or {}
+        args = self._get("args") or []
+        kwargs = self._get("kwargs") or {}
         if "args" in self._errors or "kwargs" in self._errors:
             return None
         named = dict(zip(task.positional, args, strict=False))

@@ -11,14 +11,16 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from gateway.auth import Authenticator
+from gateway.describing import Description, Header, document
 from gateway.face import Engine
+from gateway.fields import body_schema
 from gateway.reach import reaches
-from gateway.reading import Refusal, parse_object, read_body_of_json, read_object
+from gateway.reading import Parameters, Refusal, parse_object, read_body_of_json, read_object
 from gateway.resource import answer
-from gateway.snapshot import accepted, urls
+from gateway.snapshot import Accepted, accepted, urls
 from gateway.store.protocol import StoreError
 from gateway.store.rows import RunRow
-from gateway.submission import Submission, body_digest, parse_submission, replay_of
+from gateway.submission import FIELDS, REPLAY_FIELDS, Submission, body_digest, parse_submission, replay_of
 from taskkit import failpoints, tokens
 from taskkit.errors import (
     Forbidden,
@@ -46,6 +48,15 @@ RETRY_AFTER: Final = 1.0
 #: checked in a thread, which costs 0.1 ms and gives the loop its turn every 5 ms (sys.getswitchinterval).
 ON_THE_SPOT: Final = 1024
 
+IDEMPOTENCY_KEY: Final = Header(
+    "Idempotency-Key",
+    "Makes a repeat safe: the same key with the same body is the same run.",
+    {"type": "string", "minLength": 1, "maxLength": MAX_KEY},
+)
+
+_WHERE: Final = "Path of the run."
+_REFUSALS: Final = ("unknown-task", "invalid-arguments", "idempotency-conflict", "queue-full")
+
 
 class Submitting:
     """Takes submissions for one engine."""
@@ -55,29 +66,52 @@ class Submitting:
         self._authenticator = authenticator
         self._creating: set[tuple[str, str]] = set()
         # One large body at a time: two would only share the GIL with the streams.
-        self._limiter = trio.CapacityLimiter(1)
+        self.limiter = trio.CapacityLimiter(1)
 
+    @Description(
+        needs="submit",
+        headers=(IDEMPOTENCY_KEY,),
+        body=body_schema(FIELDS, ["task"]),
+        answers={
+            200: document(Accepted, "It was a run before.", Location=_WHERE, Idempotency_Replayed="`true`."),
+            202: document(Accepted, "It is a run now.", Location=_WHERE),
+        },
+        problems=_REFUSALS,
+    )
     async def submit(self, request: Request) -> Response:
-        """Serve POST /api/v1/runs."""
+        """Submit a task: it becomes a run."""
         claims = self._authenticator.require(request, "submit")
-        key = _idempotency_key(request)
+        Parameters(request, ())
+        key = idempotency_key(request)
         data = await read_body_of_json(request, self._engine.settings.limits)
         body, submission = await self._parse(data, claims, key)
         failpoints.hit("accept.asked")
-        with _retry_hints(submission):
-            if submission.task.kind == "model":
-                run, replayed = await self._submit_model(submission, body)
-            else:
+        if submission.task.kind == "model":
+            run, replayed = await self.submit_model(submission, body)
+        else:
+            with _retry_hints(submission):
                 run, replayed = await self._engine.submit(submission)
         failpoints.hit("accept.answered")
         if replayed:
-            _check_ownership(run, submission)
+            check_ownership(run, submission)
         return self._answer(run, replayed, claims)
 
+    @Description(
+        needs="submit",
+        headers=(IDEMPOTENCY_KEY,),
+        body=body_schema(REPLAY_FIELDS),
+        body_optional=True,
+        answers={
+            200: document(Accepted, "It was a run before.", Location=_WHERE, Idempotency_Replayed="`true`."),
+            202: document(Accepted, "It is a run now.", Location=_WHERE),
+        },
+        problems=("unknown-run", "run-open", *_REFUSALS),
+    )
     async def replay(self, request: Request) -> Response:
-        """Serve POST /api/v1/runs/{id}/replay: an ended run is performed again, as a new one."""
+        """Have a run that has ended performed again, as a new one."""
         claims = self._authenticator.require(request, "submit")
-        key = _idempotency_key(request)
+        Parameters(request, ())
+        key = idempotency_key(request)
         body = await read_object(request, self._engine.settings.limits)
         old = await self._ended_run(request.path_params["id"], claims)
         submission = replay_of(
@@ -92,7 +126,7 @@ class Submitting:
         with _retry_hints(submission):
             run, replayed = await self._engine.submit(submission)
         if replayed:
-            _check_ownership(run, submission)
+            check_ownership(run, submission)
         return self._answer(run, replayed, claims)
 
     async def _ended_run(self, text: str, claims: Claims) -> RunRow:
@@ -108,36 +142,47 @@ class Submitting:
         return run
 
     def _answer(self, run: RunRow, replayed: bool, claims: Claims) -> Response:
-        token = tokens.issue(
+        headers = {"Location": urls(run.id)["self"]}
+        if replayed:
+            headers["Idempotency-Replayed"] = "true"
+        return answer(accepted(run, self.run_token(run, claims)), 200 if replayed else 202, headers)
+
+    def run_token(self, run: RunRow, claims: Claims) -> str:
+        """Return a token for just this run, on behalf of whoever submitted it."""
+        return tokens.issue(
             self._authenticator.key,
             actions=RUN_TOKEN_ACTIONS,
             runs=(run.id,),
             ttl=RUN_TOKEN_SECONDS,
             subject=claims.subject,
         )
-        headers = {"Location": urls(run.id)["self"]}
-        if replayed:
-            headers["Idempotency-Replayed"] = "true"
-        return answer(accepted(run, token), 200 if replayed else 202, headers)
 
     async def _parse(self, data: bytes, claims: Claims, key: str | None) -> tuple[dict[str, Any], Submission]:
         def parse() -> tuple[dict[str, Any], Submission]:
             body = parse_object(data)
-            self._check_reach(body.get("task"), claims)
-            submission = parse_submission(
-                body,
-                self._engine.catalogue,
-                self._engine.settings.limits,
-                subject=claims.subject,
-                pools=self._engine.settings.all_pools,
-            )
-            if key is not None:
-                submission.key, submission.digest = key, body_digest(body)
-            return body, submission
+            return body, self.checked(body, claims, key)
 
         if len(data) <= ON_THE_SPOT:
             return parse()
-        return await trio.to_thread.run_sync(parse, limiter=self._limiter)
+        return await trio.to_thread.run_sync(parse, limiter=self.limiter)
+
+    def checked(self, body: dict[str, Any], claims: Claims, key: str | None) -> Submission:
+        """Return the submission in `body`. It may take seconds of CPU: call it in a thread for a large one.
+
+        Raises:
+          SubmitError: the token does not reach the task, there is none, or something is wrong with the rest.
+        """
+        self._check_reach(body.get("task"), claims)
+        submission = parse_submission(
+            body,
+            self._engine.catalogue,
+            self._engine.settings.limits,
+            subject=claims.subject,
+            pools=self._engine.settings.all_pools,
+        )
+        if key is not None:
+            submission.key, submission.digest = key, body_digest(body)
+        return submission
 
     def _check_reach(self, name: object, claims: Claims) -> None:
         """Refuse a task that the token does not reach, whether it exists or not."""
@@ -150,9 +195,13 @@ class Submitting:
         if not claims.may_submit(found):
             raise Forbidden(f"the token does not allow to submit {name[:200]!r}")
 
-    async def _submit_model(self, submission: Submission, body: dict[str, Any]) -> tuple[RunRow, bool]:
-        """Create the task row, then submit it; a repeated submission creates no second row."""
-        with self._alone(submission):
+    async def submit_model(self, submission: Submission, body: dict[str, Any]) -> tuple[RunRow, bool]:
+        """Create the task row, then submit it; a repeated submission creates no second row.
+
+        Raises:
+          SubmitError: it is refused; with 503, `run` is the id to come back with.
+        """
+        with _retry_hints(submission), self._alone(submission):
             if await self._is_known(submission, body):
                 return await self._engine.submit(submission)
             made = await self._engine.create_row(submission, body.get("fields") or {})
@@ -202,7 +251,7 @@ def _retry_hints(submission: Submission) -> Iterator[None]:
         ) from error
 
 
-def _check_ownership(run: RunRow, submission: Submission) -> None:
+def check_ownership(run: RunRow, submission: Submission) -> None:
     """Refuse an `id` that is another run's: the answer carries a token for the run.
 
     A replay by key has been compared by the engine, with subject and digest; its run has an id of its own.
@@ -214,7 +263,7 @@ def _check_ownership(run: RunRow, submission: Submission) -> None:
         raise IdempotencyConflict("the id belongs to another run", errors={"id": "was used for another run"})
 
 
-def _idempotency_key(request: Request) -> str | None:
+def idempotency_key(request: Request) -> str | None:
     values = request.headers.getlist("idempotency-key")
     if not values:
         return None

@@ -10,6 +10,7 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 from gateway import dialects
 from gateway.auth import TOKEN, Authenticator
 from gateway.conversation import POLICY, Conversation
+from gateway.describing import Description
 from gateway.dialects import Updates
 from gateway.face import Engine
 from gateway.reading import Refusal
@@ -75,6 +76,7 @@ class Sockets:
             pass
 
 
+@Description(needs=None, answers={}, problems=("upgrade-required",))
 async def needs_upgrade(request: Request) -> Response:
     """Answer a plain request."""
     raise Refusal(

@@ -212,7 +212,9 @@ class Gateway:
                 return _spawn()
             except OSError as error:
                 if self._announce is not _nothing:
-                    raise NeverReady(f"the gateway cannot be started: {error}") from error
+                    failure = NeverReady(f"the gateway cannot be started: {error}")
+                    failure.exit_code = 1  # there may be descriptors, or memory, the next time
+                    raise failure from error
                 # No death of a gateway: it does not count as one.
                 logger.error("no gateway: %s; trying again", error)
                 await trio.sleep(_SPAWN_PAUSE)

@@ -73,7 +73,9 @@ class LimitSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     """Bounds; what lies beyond gets a clear error.
 
     Attributes:
-      body_bytes: of a request.
+      body_bytes: of a request, and of each item of a batch.
+      batch_bytes: of a batch.
+      batch_runs: in a batch.
       event_bytes: of one event's JSON.
       result_bytes: of a result's JSON.
       queued_runs: that wait; then 429.
@@ -100,6 +102,8 @@ class LimitSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     """
 
     body_bytes: _Positive = 1024 * 1024
+    batch_bytes: _Positive = 8 * 1024 * 1024
+    batch_runs: Annotated[int, Meta(ge=1, le=10_000)] = 1_000
     event_bytes: _Positive = 1024 * 1024
     result_bytes: _Positive = 8 * 1024 * 1024
     queued_runs: _Positive = 10_000

@@ -101,6 +101,9 @@ class Store(Protocol):
     async def run(self, id: str) -> RunRow | None:
         """Return the run with this public id."""
 
+    async def runs_by_id(self, ids: Sequence[str]) -> dict[str, RunRow]:
+        """Return those of the runs with these public ids that there are."""
+
     async def runs(self, which: RunFilter) -> list[RunRow]:
         """Return the runs that `which` selects, newest first."""
 
@@ -137,6 +140,9 @@ class Store(Protocol):
 
     async def key(self, subject: str, key: str) -> KeyRow | None:
         """Return what an idempotency key was used for."""
+
+    async def keys(self, subject: str, keys: Sequence[str]) -> dict[str, KeyRow]:
+        """Return what those of a subject's idempotency keys were used for that were used."""
 
     async def blob(self, name: str) -> bytes:
         """Return the large value of that name in blobs/, such as a run's `result_blob`."""

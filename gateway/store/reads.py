@@ -148,6 +148,17 @@ def run(connection: sqlite3.Connection, id: str) -> RunRow | None:
     return _one_run(connection, "WHERE id = ?", id)
 
 
+def runs_by_id(connection: sqlite3.Connection, ids: Sequence[str]) -> dict[str, RunRow]:
+    """Return those of the runs with these public ids that there are."""
+    found = connection.execute(f"SELECT {_RUN} FROM run WHERE id IN ({_marks(ids)})", ids).fetchall()
+    return {run.id: run for run in map(_run, found)}
+
+
+def _marks(values: Sequence[str]) -> str:
+    """Return a place for each value; SQLite takes 32,766 of them (SQLITE_MAX_VARIABLE_NUMBER)."""
+    return ", ".join("?" * len(values))
+
+
 def run_of_row(connection: sqlite3.Connection, row_key: str) -> RunRow | None:
     """Return the newest run of a task row."""
     return _one_run(connection, "WHERE row_key = ? ORDER BY no DESC", row_key)
@@ -291,6 +302,14 @@ def key(connection: sqlite3.Connection, subject: str, key: str) -> KeyRow | None
         f"SELECT {_KEY} FROM idempotency WHERE subject = ? AND key = ?", (subject, key)
     ).fetchall()
     return KeyRow(*found[0]) if found else None
+
+
+def keys(connection: sqlite3.Connection, subject: str, keys: Sequence[str]) -> dict[str, KeyRow]:
+    """Return what those of a subject's idempotency keys were used for that were used."""
+    found = connection.execute(
+        f"SELECT {_KEY} FROM idempotency WHERE subject = ? AND key IN ({_marks(keys)})", (subject, *keys)
+    ).fetchall()
+    return {row.key: row for row in (KeyRow(*values) for values in found)}
 
 
 def counts(connection: sqlite3.Connection) -> dict[str, int]:

@@ -332,6 +332,10 @@ class SqliteStore:
         """Return the run with this public id."""
         return await self._read(reads.run, id)
 
+    async def runs_by_id(self, ids: Sequence[str]) -> dict[str, RunRow]:
+        """Return those of the runs with these public ids that there are."""
+        return await self._read(reads.runs_by_id, ids)
+
     async def runs(self, which: RunFilter) -> list[RunRow]:
         """Return the runs that `which` selects, newest first (see gateway.store.reads.runs)."""
         return await self._read(reads.runs, which)
@@ -370,6 +374,10 @@ class SqliteStore:
     async def key(self, subject: str, key: str) -> KeyRow | None:
         """Return what an idempotency key was used for."""
         return await self._read(reads.key, subject, key)
+
+    async def keys(self, subject: str, keys: Sequence[str]) -> dict[str, KeyRow]:
+        """Return what those of a subject's idempotency keys were used for that were used."""
+        return await self._read(reads.keys, subject, keys)
 
     async def blob(self, name: str) -> bytes:
         """Return the large value of that name, or a JSON marker when the file is gone."""

@@ -33,12 +33,18 @@ TABLE = """
 method path                          none bad key exp aud other submit read cancel operate logs all cookie ticket spent
 GET  /health                         200  200 200 200 200 200   200    200  200    200     200  200 200    200    200
 GET  /ready                          200  200 200 200 200 200   200    200  200    200     200  200 200    200    200
+GET  /tasks.js                       200  200 200 200 200 200   200    200  200    200     200  200 200    200    200
+GET  /ws                             426  426 426 426 426 426   426    426  426    426     426  426 426    426    426
+GET  /flowrra/ws                     426  426 426 426 426 426   426    426  426    426     426  426 426    426    426
 GET  /nowhere                        404  404 404 404 404 404   404    404  404    404     404  404 404    404    404
 POST /api/v1/runs                    401  401 401 401 401 403   202    403  403    403     403  202 401    401    401
+POST /api/v1/runs/batch              401  401 401 401 401 403   200    403  403    403     403  200 401    401    401
 GET  /api/v1/runs                    401  401 401 401 401 200   403    200  403    403     403  200 200    200    401
 GET  /api/v1/runs/{run}              401  401 401 401 401 404   403    200  403    403     403  200 200    200    401
 GET  /api/v1/runs/{run}/result       401  401 401 401 401 404   403    200  403    403     403  200 200    200    401
 GET  /api/v1/runs/{run}/events       401  401 401 401 401 404   403    200  403    403     403  200 200    200    401
+GET  /api/v1/events                  401  401 401 401 401 400   403    400  403    403     403  400 400    400    401
+POST /api/v1/events                  401  401 401 401 401 422   403    422  403    403     403  422 401    401    401
 POST /api/v1/runs/{run}/cancel       401  401 401 401 401 404   403    403  409    403     403  409 401    401    401
 POST /api/v1/runs/{run}/replay       401  401 401 401 401 403   404    403  403    403     403  202 401    401    401
 GET  /api/v1/runners                 401  401 401 401 401 403   403    200  403    200     403  200 200    200    401
@@ -48,6 +54,8 @@ GET  /api/v1/tasks                   401  401 401 401 401 200   200    200  200 
 GET  /api/v1/tasks/{name}            401  401 401 401 401 404   200    200  404    404     404  200 200    200    401
 POST /api/v1/tasks/{name}/reset      401  401 401 401 401 403   403    403  403    200     403  200 401    401    401
 GET  /api/v1/stats                   401  401 401 401 401 403   403    200  403    200     403  200 200    200    401
+GET  /metrics                        401  401 401 401 401 403   403    200  403    200     403  200 200    200    401
+GET  /openapi.json                   401  401 401 401 401 200   200    200  200    200     200  200 200    200    401
 POST /api/v1/vacuum                  401  401 401 401 401 403   403    403  403    200     403  200 401    401    401
 POST /api/v1/tickets                 401  401 401 401 401 201   403    201  403    403     201  201 401    401    401
 POST /api/v1/tokens/revoke           401  401 401 401 401 403   403    403  403    200     403  200 401    401    401
@@ -57,6 +65,7 @@ GET  /stream/{model}/{pk}            401  401 401 401 401 404   403    200  403 
 
 BODIES: dict[str, dict[str, Any]] = {
     "/api/v1/runs": {"task": "proj.echo"},
+    "/api/v1/runs/batch": {"runs": [{"task": "proj.echo"}]},
     "/api/v1/tokens/revoke": {"jti": "of nobody"},
 }
 
@@ -215,7 +224,7 @@ def methods_of(route: BaseRoute) -> set[str]:
         return {"GET"}
     endpoint = getattr(route, "endpoint", None)
     if isinstance(endpoint, Resource):
-        return set(endpoint.methods) - {"HEAD"}
+        return set(endpoint.handlers) - {"HEAD"}
     return (getattr(route, "methods", None) or {"GET"}) - {"HEAD", "OPTIONS"}
 
 

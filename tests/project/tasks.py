@@ -16,6 +16,7 @@ from taskkit import RunCancelled, current_run, emit, linux, progress, task
 from tests.project.chaos import *  # noqa: F403  (a task is found where `tasks` offers it)
 from tests.project.edges import *  # noqa: F403
 from tests.project.forging import *  # noqa: F403
+from tests.project.stopping import *  # noqa: F403
 
 
 @task

@@ -13,9 +13,11 @@ import httpx
 import msgspec
 import trio
 
+from gateway.accepting import Outcome
 from gateway.app import build_app
 from gateway.auth import Authenticator
 from gateway.changes import Changes
+from gateway.documents import Picture
 from gateway.fanout import Hub
 from gateway.grants import Grants, Revocation
 from gateway.retention import Retention
@@ -34,8 +36,9 @@ from gateway.store.rows import (
     RunRow,
 )
 from gateway.submission import Catalogue, Submission
+from gateway.tally import RunTally, StoreTally
 from taskkit import tokens
-from taskkit.errors import IdempotencyConflict, LifecycleError
+from taskkit.errors import IdempotencyConflict, LifecycleError, SubmitError
 from taskkit.lifecycle import RunStatus
 from taskkit.settings import Settings
 from taskkit.wire.messages import Answer, Created, Row, TaskInfo
@@ -170,7 +173,7 @@ class MemoryStore:
         self.event_rows: dict[int, list[EventRow]] = {}
         self.output_rows: dict[int, list[OutputRow]] = {}
         self.attempt_rows: list[AttemptRow] = []
-        self.keys: dict[tuple[str, str], KeyRow] = {}
+        self.keys_used: dict[tuple[str, str], KeyRow] = {}
         self.broken = False
         self.reads = 0
         self.blobs: dict[str, bytes] = {}
@@ -192,6 +195,10 @@ class MemoryStore:
     async def run(self, id: str) -> RunRow | None:
         await self._check()
         return next((replace(row) for row in self.rows.values() if row.id == id), None)
+
+    async def runs_by_id(self, ids: Sequence[str]) -> dict[str, RunRow]:
+        await self._check()
+        return {row.id: replace(row) for row in self.rows.values() if row.id in ids}
 
     async def runs(self, which: RunFilter) -> list[RunRow]:
         await self._check()
@@ -270,7 +277,11 @@ class MemoryStore:
 
     async def key(self, subject: str, key: str) -> KeyRow | None:
         await self._check()
-        return self.keys.get((subject, key))
+        return self.keys_used.get((subject, key))
+
+    async def keys(self, subject: str, keys: Sequence[str]) -> dict[str, KeyRow]:
+        await self._check()
+        return {key: self.keys_used[subject, key] for key in keys if (subject, key) in self.keys_used}
 
     async def blob(self, name: str) -> bytes:
         await self._check()
@@ -346,12 +357,15 @@ class StubEngine:
     held: set[str] = field(default_factory=set)
     grants: Grants = field(default_factory=lambda: Grants(Opened({}, [], {}, 1, 1)))
     position: int = 0
+    run_tally: RunTally = field(default_factory=RunTally)
+    store_tally: StoreTally = field(default_factory=StoreTally)
+    versions: dict[str, str] = field(default_factory=lambda: {"bulkhead": "0.1"})
 
     async def submit(self, submission: Submission) -> tuple[RunRow, bool]:
         await trio.lowlevel.checkpoint()
         if self.refusal is not None:
             raise self.refusal
-        known = self.store.keys.get((submission.subject, submission.key or ""))
+        known = self.store.keys_used.get((submission.subject, submission.key or ""))
         if known is not None:
             if known.digest != submission.digest:
                 raise IdempotencyConflict("the key was used with another body")
@@ -363,6 +377,15 @@ class StubEngine:
             return existing, True
         self.submissions.append(submission)
         return self.add(submission), False
+
+    async def submit_all(self, submissions: Sequence[Submission]) -> list[Outcome]:
+        outcomes: list[Outcome] = []
+        for submission in submissions:
+            try:
+                outcomes.append(await self.submit(submission))
+            except SubmitError as error:
+                outcomes.append(error)
+        return outcomes
 
     def add(self, submission: Submission) -> RunRow:
         row = RunRow(
@@ -380,7 +403,7 @@ class StubEngine:
         )
         self.store.rows[row.no] = row
         if submission.key is not None:
-            self.store.keys[submission.subject, submission.key] = KeyRow(
+            self.store.keys_used[submission.subject, submission.key] = KeyRow(
                 submission.subject, submission.key, submission.digest, row.id, row.created_at
             )
         self.hub.opened(row.no, 0)
@@ -435,8 +458,25 @@ class StubEngine:
     def runners(self) -> list[View]:
         return self.views
 
-    def statistics(self) -> dict[str, Any]:
-        return {"queued": 0, "courier": self.courier, "runners": len(self.views), "store_error": ""}
+    def statistics(self) -> Picture:
+        return {
+            "queued": 0,
+            "queues": {},
+            "pools": {"default": {"size": 4, "queued": 0, "runners": len(self.views), "busy": 0}},
+            "running": 0,
+            "runners": len(self.views),
+            "untold": 0,
+            "rounds": 7,
+            "uptime": 1.5,
+            "store_error": "",
+            "courier": self.courier,
+            "draining": False,
+            "restarts": {"courier": 0, "runners": 0},
+            "held": [],
+            "quarantined": [],
+            "tickets": 0,
+            "revocations": 0,
+        }
 
     # --- what a run does ------------------------------------------------------------------------------------
 

@@ -730,7 +730,7 @@ async def test_a_vacuum_needs_an_operator() -> None:
     async with client_of(engine, token(actions=["read", "submit"])) as client:
         assert (await client.post(path)).status_code == 403
     async with client_of(engine) as client:
-        assert (await client.post(path, json={"pages": 1})).status_code == 400
+        assert (await client.post(path, json={"pages": 1})).status_code == 422
         answer = await client.post(path, json={})
         assert answer.status_code == 200
         assert answer.json() == {

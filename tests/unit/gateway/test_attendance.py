@@ -98,12 +98,12 @@ async def test_a_run_is_cancelled_a_grace_after_its_last_subscriber_has_left(
             await trio.sleep(3 * GRACE)
         await trio.sleep(GRACE - 0.1)
         assert stub.cancelled == []
-        assert stub.attendance.statistics() == {"deserted": 1}
+        assert stub.attendance.deserted == 1
         await trio.sleep(0.2)
         assert stub.book.cancelled == [(run, REASON)]
         await trio.sleep(5 * GRACE)
         assert stub.cancelled == [run], "once"
-        assert stub.attendance.statistics() == {"deserted": 0}
+        assert stub.attendance.deserted == 0
 
 
 async def test_not_if_one_comes_back_and_anew_when_that_one_leaves(

@@ -155,6 +155,7 @@ async def test_all_of_it_takes_an_operator_and_no_body(path: str) -> None:
         assert (await client.post(path)).status_code == 403
     async with client_of(engine, token(actions=("operate",), runs=(), tasks=())) as client:
         refused = await client.post(path, json={"grace": 5})
-        assert (refused.status_code, code(refused)) == (400, "bad-request")
+        assert (refused.status_code, code(refused)) == (422, "invalid-arguments")
+        assert list(refused.json()["errors"]) == ["grace"]
         assert engine.ordered == []
         assert (await client.post(path)).status_code in (200, 202)

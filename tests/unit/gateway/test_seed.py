@@ -190,7 +190,7 @@ async def test_a_get_may_start_it_when_that_is_switched_on() -> None:
     [
         ("unknown", 404, "unknown-row"),
         ("bad_pk", 400, "bad-primary-key"),
-        ("ambiguous", 409, "bad-request"),
+        ("ambiguous", 409, "ambiguous-model"),
         ("away", 503, "not-writable"),
     ],
 )

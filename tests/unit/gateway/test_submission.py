@@ -8,12 +8,12 @@ from typing import Any
 import msgspec
 import pytest
 
+from gateway.fields import parse_time
 from gateway.submission import (
     Catalogue,
     Submission,
     body_digest,
     parse_submission,
-    parse_time,
     row_submission,
 )
 from taskkit.errors import InvalidArguments, TaskkitError, UnknownTask
