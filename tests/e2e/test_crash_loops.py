@@ -250,7 +250,7 @@ def test_a_task_that_ignores_the_signal_of_its_cpu_limit_is_known_by_it_all_the_
 
 
 def test_an_operator_ends_a_runner_and_its_run_begins_again(tree: Tree) -> None:
-    run = tree.submit("proj.sleepy", seconds=1.0)["id"]
+    run = tree.submit("proj.sleepy", seconds=3.0)["id"]
     eventually(lambda: running_in(tree, run), 10)
     runner = tree.snapshot(run)["attempts"][0]["runner"]
     done = bulkhead(tree, "runners", "--kill", runner)
