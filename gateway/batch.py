@@ -38,7 +38,6 @@ from gateway.submitting import (
     check_ownership,
     idempotency_key,
 )
-from taskkit import failpoints
 from taskkit.errors import InvalidArguments, NotWritable, SubmitError
 from taskkit.tokens import Claims
 
@@ -110,11 +109,9 @@ class Batching:
         data = await read_body_of_json(request, limits, "batch_bytes")
         beside = self._submitting.limiter  # what takes a hundred milliseconds is done beside the loop
         items = await trio.to_thread.run_sync(self._read, data, claims, key, limiter=beside)
-        failpoints.hit("accept.asked")
         await self._submit_plain([item for item in items if not _needs_row(item)])
         async with watched(request.receive) as client:
             await self._submit_models([item for item in items if _needs_row(item)], client)
-        failpoints.hit("accept.answered")
         return await trio.to_thread.run_sync(self._answer, items, claims, request.url.path, limiter=beside)
 
     # --- reading --------------------------------------------------------------------------------------------

@@ -83,8 +83,11 @@ MUTANTS: Final[Mapping[str, tuple[Change, ...]]] = {
     "no kill and confirm": (
         Change(
             "supervisor.gateway_client",
-            "str(await child.end(5.0 if self.stopping else 0.0))",
-            'str(await child.end(5.0)) if self.stopping else "left to itself"',
+            "                    left = await child.end(5.0 if self.stopping else 0.0)\n"
+            "                self.last_exit, self._may_pass = str(left), left.may_pass\n",
+            "                    self.last_exit = 'left to itself'\n"
+            "                    if self.stopping:\n"
+            "                        self.last_exit = str(await child.end(5.0))\n",
         ),
         Change("supervisor.strays", "for pid in linux.children() - self._known():", "for pid in ():"),
     ),
