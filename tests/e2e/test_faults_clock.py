@@ -19,6 +19,8 @@ import pytest
 
 from tests.helpers import ROOT, SseEvent, Tree, eventually
 
+pytestmark = pytest.mark.alone
+
 #: Seconds of a jump.
 HOUR = 3600.0
 
@@ -30,8 +32,6 @@ ZERO = 1_000_000_000
 
 SITECUSTOMIZE = f"""
 import os, time
-
-pytestmark = pytest.mark.alone
 _time, _file = time.time, os.environ["BULKHEAD_TEST_CLOCK"]
 
 def _jumped():

@@ -23,6 +23,8 @@ import pytest
 from tests.faults import Postgres
 from tests.helpers import ROOT, TERMINAL, SseEvent, Tree, eventually, migrated_database
 
+pytestmark = pytest.mark.alone
+
 #: Seconds before, and without, the database. The acceptance line asks for 10; a folder that is moved is another kind
 #: of absence, and less of it shows the same.
 BEFORE, AWAY, MOVED = 4.0, 10.0, 4.0
@@ -46,8 +48,6 @@ import django
 django.setup()
 from django.db import Error, close_old_connections
 from taskkit import outbox
-
-pytestmark = pytest.mark.alone
 while not select.select([sys.stdin], [], [], float(sys.argv[1]))[0]:
     try:
         print(outbox.submit("proj.echo", kwargs={"value": "outbox"}).id, flush=True)
