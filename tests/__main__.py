@@ -47,9 +47,8 @@ GROUPS = ("lint", *FOLDERS)
 #: follows it measures time, and has the machine for itself.
 BESIDE = "moments"
 
-#: Groups whose files are dealt to several processes: end-to-end tests wait most of the time. What measures time is
-#: marked `alone`, and is.
-SIDE_BY_SIDE = {"e2e": 2, "edges": 2}
+#: Groups whose files are dealt to several processes. What measures time is marked `alone`, and is.
+SIDE_BY_SIDE = {"unit": 2, "e2e": 2, "edges": 2}
 
 LINTERS = (("ruff", "check", "."), ("ruff", "format", "--check", "."), ("mypy",))
 
@@ -198,7 +197,7 @@ def command_of(
 
 def deal(folder: str, hands: int) -> list[list[str]]:
     """Return the test files of a folder in so many lots of about the same size; long files take long."""
-    files = sorted((ROOT / folder).glob("test_*.py"), key=lambda path: (-path.stat().st_size, path.name))
+    files = sorted((ROOT / folder).rglob("test_*.py"), key=lambda path: (-path.stat().st_size, path.name))
     lots: list[list[Path]] = [[] for _ in range(hands)]
     for file in files:
         min(lots, key=lambda lot: sum(path.stat().st_size for path in lot)).append(file)
