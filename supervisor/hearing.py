@@ -16,8 +16,9 @@ logger = logging.getLogger("bulkhead.supervisor")
 
 _M = TypeVar("_M")
 
-#: Seconds for a child that has hung up to leave by itself; Python's own clearing up takes a tenth.
-_LEAVE_SECONDS: Final = 0.5
+#: Seconds for a child that has hung up to leave by itself: Python's own clearing up takes a tenth, on a busy machine
+#: ten times as long, and whoever is killed in it has no exit code to tell.
+_LEAVE_SECONDS: Final = 2.0
 
 
 async def hear(channel: Channel[_M], child: Child, limit: float) -> _M | None:

@@ -31,10 +31,11 @@ def check_settings(app_configs: Sequence[AppConfig] | None, **kwargs: Any) -> li
         found = read_settings()
     except TaskkitImproperlyConfigured as error:
         return [Error(str(error), id="taskkit.E001")]
-    return [*_uncallable(found.get("TOKEN_CLAIMS")), *_relative(found)]
+    return [*uncallable(found.get("TOKEN_CLAIMS")), *_relative(found)]
 
 
-def _uncallable(path: str | None) -> list[CheckMessage]:
+def uncallable(path: str | None) -> list[CheckMessage]:
+    """Return what is wrong with TOKEN_CLAIMS."""
     try:
         if path is None or callable(import_string(path)):
             return []

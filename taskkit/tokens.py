@@ -15,6 +15,7 @@ from __future__ import annotations
 import base64
 import binascii
 import hashlib
+import math
 import os
 import secrets
 import stat
@@ -268,7 +269,7 @@ def _payload(
         "aud": AUDIENCE,
         "sub": subject,
         # With its fraction: a token made in the second after a revocation is not covered by it.
-        "iat": round(start, 3),
+        "iat": math.floor(start * 1000) / 1000,  # never later than it was: a revocation of now covers it
         "actions": sorted(allowed),
         "runs": runs if isinstance(runs, str) else sorted(runs),
         "tasks": list(tasks),

@@ -128,6 +128,7 @@ def submit(
     priority: Annotated[int | None, typer.Option(min=-100, max=100, help="Higher comes first.")] = None,
     timeout: Annotated[str | None, typer.Option(metavar="DURATION", help="Per attempt, such as 15m.")] = None,
     key: Annotated[str | None, typer.Option(help="Idempotency key: the same again is the same run.")] = None,
+    tag: Annotated[list[str] | None, typer.Option(help="Tag to find it by; may be repeated.")] = None,
     settings: SettingsModule = None,
     state_dir: StateDir = None,
     json: Json = False,
@@ -138,7 +139,14 @@ def submit(
     tree = Tree(settings, state_dir)
     client = tree.client
     answer = submit_pairs(
-        client, task, values, pool=pool, priority=priority, timeout=limit, idempotency_key=key
+        client,
+        task,
+        values,
+        pool=pool,
+        priority=priority,
+        timeout=limit,
+        idempotency_key=key,
+        tags=tag or None,
     )
     run = str(answer["id"])
     if json:

@@ -106,11 +106,14 @@ def _id_of(key: bytes, text: str) -> str:
 def _revoke(
     given: str | None, subject: str | None, settings: str | None, state_dir: Path | None, *, json: bool
 ) -> None:
-    # A JWT has two dots, a `jti` of ours none.
-    jti = _id_of(_key(settings, state_dir), given) if given and given.count(".") == 2 else given
+    # A JWT begins so, whole or cut off; a `jti` of ours is a UUID, another issuer's may be any word.
+    looks_like_one = given is not None and (given.startswith("eyJ") or "." in given)
+    jti = _id_of(_key(settings, state_dir), given) if given and looks_like_one else given
     answer = connected(settings, state_dir).revoke(jti=jti, sub=subject)
     if json:
         print_json(answer)
         return
-    what = f"token {jti}" if jti is not None else f"what {subject} had until now"
-    print(clean(f"Revoked {what}; {answer['ended_streams']} streams ended."))
+    what = f"what {subject} had until now"
+    if jti is not None:
+        what = f"token {jti}" if looks_like_one else f"whatever has the id {jti}"
+    print(clean(f"Revoked {what}; streams ended: {answer['ended_streams']}."))

@@ -57,7 +57,7 @@ def load_project(settings_module: str, path: list[str]) -> dict[str, Any]:
     """Import the project as manage.py would; return its tasks by name.
 
     Raises:
-      SettingsError: there is no such settings module, or `taskkit` is not among its apps.
+      SettingsError: there is no such settings module, `taskkit` is not among its apps, or TOKEN_CLAIMS is wrong.
       BaseException: whatever the project's import raises.
     """
     sys.path[:0] = path
@@ -69,6 +69,7 @@ def load_project(settings_module: str, path: list[str]) -> dict[str, Any]:
     django.setup()
     from taskkit import registry
 
+    _check_claims()
     tasks = registry.known()  # cached: the runners forked from here submit without loading once more
     for name in _PRELOADED:
         importlib.import_module(name)
@@ -104,6 +105,15 @@ def _check_installed(module: str) -> None:
         raise SettingsError(
             f'"taskkit" is missing from INSTALLED_APPS of {module}; add it, then run `manage.py migrate`'
         )
+
+
+def _check_claims() -> None:
+    """Refuse a TOKEN_CLAIMS that names nothing to call; the tree does not use it, but a site would find out late."""
+    from taskkit.checks import uncallable
+    from taskkit.conf import read_settings
+
+    for found in uncallable(read_settings().get("TOKEN_CLAIMS")):
+        raise SettingsError(f"{found.msg}. {found.hint}")
 
 
 def complaint_of(error: BaseException) -> str:

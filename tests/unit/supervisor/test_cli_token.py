@@ -73,11 +73,13 @@ def test_a_token_is_taken_back_by_its_text_or_its_id(
     place = ["token", "--state-dir", str(tmp_path)]
     assert main.main([*place, "--json"]) == exits.OK
     made = json.loads(capsys.readouterr().out)
-    for given in (made["token"], made["id"]):
+    for given, what in ((made["token"], "token"), (made["id"], "whatever has the id")):
         assert main.main([*place, "--revoke", given]) == exits.OK
         out = capsys.readouterr().out
-        assert out == f"Revoked token {made['id']}; 3 streams ended.\n"
+        assert out == f"Revoked {what} {made['id']}; streams ended: 3.\n"
         assert made["token"] not in out
+    assert main.main([*place, "--revoke", made["token"][:60]]) != exits.OK, "cut off by a copy"
+    assert "Revoked" not in capsys.readouterr().out
     assert main.main([*place, "--ticket", "--json"]) == exits.OK
     ticket = json.loads(capsys.readouterr().out)
     assert main.main([*place, "--revoke", ticket["token"], "--json"]) == exits.OK

@@ -77,6 +77,14 @@ def test_what_the_settings_module_lacks_is_not_taken_for_it(tmp_path: Path) -> N
     assert message.detail.count("  File ") == 1
 
 
+def test_a_function_of_claims_that_is_not_there_is_said(tmp_path: Path) -> None:
+    app(tmp_path)
+    text = "INSTALLED_APPS = ['taskkit', 'shop']\nTASKKIT = {'TOKEN_CLAIMS': 'shop.tokens.nope'}\n"
+    message = failure(tmp_path, settings(tmp_path, text))
+    assert message.reason.startswith("TASKKIT: TOKEN_CLAIMS = 'shop.tokens.nope': No module named 'shop.tokens'")
+    assert "Name a function" in message.reason
+
+
 def test_an_app_that_is_not_installed_is_said_before_a_model_is_imported(tmp_path: Path) -> None:
     app(tmp_path, models="from taskkit import StreamTask\nclass Order(StreamTask):\n    pass\n")
     message = failure(tmp_path, settings(tmp_path, "INSTALLED_APPS = ['shop']\n"))
