@@ -6,6 +6,8 @@ import contextlib
 import http.client
 import json
 import random
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -13,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from tests.helpers import SseEvent, Tree, eventually, raw_get
+from tests.helpers import ROOT, SseEvent, Tree, eventually, raw_get
 
 #: Seconds after which a run that was left alone is cancelled.
 GRACE = 1.0
@@ -172,3 +174,19 @@ def test_a_run_that_is_left_alone_ends_and_one_whose_client_comes_back_does_not(
         assert tree.http.post(f"/api/v1/runs/{run}/cancel").status_code == 202
         tree.wait(run)
     client.join(10)
+
+
+def test_a_tag_can_be_given_on_the_command_line(tree: Tree) -> None:
+    command = [sys.executable, "-m", "supervisor", "submit", "proj.echo", "--tag", "by hand", "--tag", "x"]
+    said = subprocess.run(
+        [*command, "--state-dir", str(tree.state_dir)],
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=True,
+        cwd=ROOT,
+        env=tree.environment(),
+    ).stdout
+    (run,) = tree.http.get("/api/v1/runs", params={"tag": "by hand"}).json()["runs"]
+    assert said.splitlines()[0] == run["id"]
+    assert sorted(run["tags"]) == ["by hand", "x"]

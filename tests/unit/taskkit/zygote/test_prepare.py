@@ -81,7 +81,9 @@ def test_a_function_of_claims_that_is_not_there_is_said(tmp_path: Path) -> None:
     app(tmp_path)
     text = "INSTALLED_APPS = ['taskkit', 'shop']\nTASKKIT = {'TOKEN_CLAIMS': 'shop.tokens.nope'}\n"
     message = failure(tmp_path, settings(tmp_path, text))
-    assert message.reason.startswith("TASKKIT: TOKEN_CLAIMS = 'shop.tokens.nope': No module named 'shop.tokens'")
+    assert message.reason.startswith(
+        "TASKKIT: TOKEN_CLAIMS = 'shop.tokens.nope': No module named 'shop.tokens'"
+    )
     assert "Name a function" in message.reason
 
 
