@@ -269,6 +269,7 @@ class Api:
         claims = self._authenticator.require(request, "cancel")
         Parameters(request, ())
         grace = _grace(await read_object(request, self._engine.settings.limits))
+        self._authenticator.recheck(claims)
         run = await self._visible(request, claims)
         run = await self._engine.cancel(run, grace)
         return answer(await self._snapshot(run, claims), 202)

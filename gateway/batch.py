@@ -107,6 +107,7 @@ class Batching:
         key = idempotency_key(request)
         limits = self._engine.settings.limits
         data = await read_body_of_json(request, limits, "batch_bytes")
+        self._authenticator.recheck(claims)
         beside = self._submitting.limiter  # what takes a hundred milliseconds is done beside the loop
         items = await trio.to_thread.run_sync(self._read, data, claims, key, limiter=beside)
         await self._submit_plain([item for item in items if not _needs_row(item)])

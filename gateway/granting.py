@@ -135,8 +135,9 @@ class Granting:
         claims = self._authenticator.claims(request)
         Parameters(request, ())
         wish = _wish(await read_object(request, self._engine.settings.limits))
-        now = time.time()
         granted = await self._narrowed(claims, wish)
+        self._authenticator.recheck(claims)
+        now = time.time()
         session = min(wish.session, claims.expires_at - now)
         try:
             ticket = tokens.issue_ticket(
@@ -201,9 +202,10 @@ class Granting:
 
         Tickets made of a revoked token, and sessions opened by them, are taken back with it.
         """
-        self._authenticator.require(request, "operate")
+        claims = self._authenticator.require(request, "operate")
         Parameters(request, ())
         body = await read_object(request, self._engine.settings.limits)
+        self._authenticator.recheck(claims)
         revocation = _revocation(body, time.time())
         try:
             await self._engine.revoke(revocation)

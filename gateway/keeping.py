@@ -40,9 +40,10 @@ class Keeping:
 
         409 for a file of an older version that is too large to be converted.
         """
-        self._authenticator.require(request, "operate")
+        claims = self._authenticator.require(request, "operate")
         Parameters(request, ())
         await read_nothing(request, self._engine.settings.limits)
+        self._authenticator.recheck(claims)
         found = await self._retention.vacuum(SECONDS)
         if not found["incremental"]:
             raise Refusal(

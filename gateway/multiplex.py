@@ -108,6 +108,7 @@ class Multiplex:
         claims = self._authenticator.require(request, "read")
         Parameters(request, ())
         body = await read_object(request, self._engine.settings.limits)
+        self._authenticator.recheck(claims)
         return await self._stream(request, claims, _of_body(request, body))
 
     async def _stream(self, request: Request, claims: Claims, asked: _Asked) -> ASGIApp:

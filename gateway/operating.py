@@ -34,9 +34,10 @@ class Operating:
 
     async def _check(self, request: Request) -> None:
         """Refuse who may not, and whatever a body says: nothing of it would have an effect."""
-        self._authenticator.require(request, "operate")
+        claims = self._authenticator.require(request, "operate")
         Parameters(request, ())
         await read_nothing(request, self._engine.settings.limits)
+        self._authenticator.recheck(claims)
 
     @_ORDER
     async def kill_runner(self, request: Request) -> Response:

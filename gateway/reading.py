@@ -32,6 +32,16 @@ MAX_WAIT: Final = 60.0
 _WAIT: Final = re.compile(r'(?:^|,)\s*wait\s*=\s*"?(\d{1,6})"?\s*(?=;|,|$)', re.IGNORECASE)
 
 
+#: Most bytes of a body that is small by nature: a choice of runs, a wish for a ticket. Parsing it takes 1 ms.
+SMALL_BYTES: Final = 64 * 1024
+
+#: Numbers with an exponent of three digits in one body. Some doubles near the ends of their range take the parser 50 µs
+#: each (measured: `17976931348623157081e289`), so a MiB of them would hold everybody up for 2 s; these for 10 ms.
+MAX_EXTREME: Final = 200
+_EXTREME: Final = re.compile(rb"(?<=[0-9.])[eE][+-]?[0-9]{3}(?=[\s,\]}])")
+_FEW_BYTES: Final = 4 * 1024
+
+
 class Refusal(Exception):
     """A request cannot be served as it is; becomes the problem `code` with further members `extra`."""
 
@@ -71,13 +81,15 @@ def document_of(error: Refusal, instance: str, **extra: Any) -> bytes:
 async def read_object(request: Request, limits: LimitSettings) -> dict[str, Any]:
     """Return the JSON object in the request's body; an absent body is an empty object.
 
+    For what is small by nature: it is parsed on the spot, so it may have SMALL_BYTES at most.
+
     Raises:
       Refusal: as `read_body_of_json` and `parse_object` do.
       ClientDisconnect: the client left within its body.
     """
     if request.headers.get("content-length") == "0":
         return {}
-    body = await read_body_of_json(request, limits)
+    body = await read_body_of_json(request, limits, most=SMALL_BYTES)
     return parse_object(body) if body else {}
 
 
@@ -93,8 +105,13 @@ async def read_nothing(request: Request, limits: LimitSettings) -> None:
         raise InvalidArguments("this request takes no fields", errors=errors)
 
 
-async def read_body_of_json(request: Request, limits: LimitSettings, bound: str = "body_bytes") -> bytes:
+async def read_body_of_json(
+    request: Request, limits: LimitSettings, bound: str = "body_bytes", *, most: int | None = None
+) -> bytes:
     """Return the body of a request that says it is JSON, or says nothing; `bound` names the limit of its length.
+
+    With `most` it may not have more bytes than that, whatever the limit allows. Whoever lets somebody do something
+    because of a token looks at it once more afterwards (Authenticator.recheck): a body may take LIMITS.body_seconds.
 
     Raises:
       Refusal: 415, 413 (as soon as it is too long, or announced so), 408 after LIMITS.body_seconds: who sends a
@@ -103,6 +120,8 @@ async def read_body_of_json(request: Request, limits: LimitSettings, bound: str 
     """
     _check_type(request)
     max_bytes: int = getattr(limits, bound)
+    if most is not None and most < max_bytes:
+        max_bytes, bound = most, ""
     length = request.headers.get("content-length", "")
     if length.isascii() and length.isdecimal() and int(length[:20]) > max_bytes:
         raise _too_large(max_bytes, bound)
@@ -140,7 +159,7 @@ def _too_large(max_bytes: int, bound: str) -> Refusal:
     # The rest of the body is not read: the connection cannot serve another request.
     return Refusal(
         "too-large",
-        f"the body exceeds LIMITS.{bound} = {max_bytes}",
+        f"the body exceeds LIMITS.{bound} = {max_bytes}" if bound else f"the body exceeds {max_bytes} bytes",
         headers={"Connection": "close"},
         max_bytes=max_bytes,
     )
@@ -150,8 +169,10 @@ def parse_object(body: bytes) -> dict[str, Any]:
     """Return the JSON object in `body`.
 
     Raises:
-      Refusal: it is no JSON (NaN, lone surrogates and numbers beyond a double are none either), or no object.
+      Refusal: it is no JSON (NaN, lone surrogates and numbers beyond a double are none either), no object, or takes
+        too long to parse.
     """
+    _check_numbers(body)
     try:
         value = msgspec.json.decode(body)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
@@ -159,6 +180,20 @@ def parse_object(body: bytes) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise Refusal("bad-json", "the body must be a JSON object")
     return value
+
+
+def _check_numbers(body: bytes) -> None:
+    """Refuse a body whose numbers would keep the parser, which lets nobody else run meanwhile, for seconds."""
+    if len(body) <= _FEW_BYTES:
+        return
+    found = 0
+    for start in range(0, len(body), SMALL_BYTES):  # in pieces, between which others have their turn
+        found += sum(1 for _ in _EXTREME.finditer(body, start, start + SMALL_BYTES + 8))
+        if found > MAX_EXTREME:
+            raise Refusal(
+                "bad-json",
+                f"the body has more than {MAX_EXTREME} numbers with an exponent of three digits; send them as text",
+            )
 
 
 class Parameters:

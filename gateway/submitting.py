@@ -84,6 +84,7 @@ class Submitting:
         Parameters(request, ())
         key = idempotency_key(request)
         data = await read_body_of_json(request, self._engine.settings.limits)
+        self._authenticator.recheck(claims)
         body, submission = await self._parse(data, claims, key)
         failpoints.hit("accept.asked")
         if submission.task.kind == "model":
@@ -113,6 +114,7 @@ class Submitting:
         Parameters(request, ())
         key = idempotency_key(request)
         body = await read_object(request, self._engine.settings.limits)
+        self._authenticator.recheck(claims)
         old = await self._ended_run(request.path_params["id"], claims)
         submission = replay_of(
             old,

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from http.cookies import SimpleCookie
 from typing import Any
 
@@ -16,8 +17,8 @@ from gateway.auth import Authenticator, TicketCookies, TooManyFailures
 from gateway.grants import Revocation
 from taskkit.errors import Forbidden
 from taskkit.settings import LimitSettings
-from taskkit.tokens import TokenError, issue, issue_ticket, session_of, verify
-from tests.unit.gateway.fakes import KEY, StubEngine
+from taskkit.tokens import ACTIONS, TokenError, issue, issue_ticket, session_of, verify
+from tests.unit.gateway.fakes import KEY, StubEngine, client_of
 
 PATH = "/api/v1/runs/x/events"
 
@@ -325,3 +326,32 @@ async def test_requests_without_a_token_are_no_failures(engine: StubEngine) -> N
     await refused(door, connection("ticket=x"), "malformed")
     with pytest.raises(TooManyFailures):
         await door.admit(connection("ticket=x"))
+
+
+LATE = [
+    ("/api/v1/runs", {"task": "t.count", "kwargs": {"n": 1}}),
+    ("/api/v1/runs/batch", {"runs": []}),
+    ("/api/v1/tickets", {}),
+    ("/api/v1/tokens/revoke", {"jti": "x"}),
+    ("/api/v1/vacuum", {}),
+    ("/api/v1/runners/r1/kill", {}),
+    ("/api/v1/events", {"tags": ["x"]}),
+]
+
+
+@pytest.mark.parametrize(("path", "body"), LATE, ids=[path for path, _ in LATE])
+async def test_a_token_that_is_revoked_while_the_body_arrives_opens_nothing(path: str, body: Any) -> None:
+    engine = StubEngine()
+    mine = token(subject="eve", actions=sorted(ACTIONS), runs="*", tasks=["*"])
+
+    async def arriving() -> AsyncIterator[bytes]:
+        data = json.dumps(body).encode()
+        yield data[:1]
+        await engine.revoke(Revocation("sub", "eve", time.time()))
+        yield data[1:]
+
+    async with client_of(engine) as client:
+        headers = {"Authorization": f"Bearer {mine}", "Content-Type": "application/json"}
+        answer = await client.post(path, content=arriving(), headers=headers)
+    assert (answer.status_code, answer.json()["type"]) == (401, "urn:bulkhead:problem:token-revoked")
+    assert engine.store.rows == {}

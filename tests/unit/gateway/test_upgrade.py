@@ -458,15 +458,18 @@ class TestAttacks:
 
     @pytest.mark.usefixtures("quiet")
     async def test_the_code_outruns_what_the_client_goes_on_sending(self) -> None:
+        much = frame(
+            b"x" * 4_000_000, announced=1 << 40
+        )  # masking it takes a second, which nobody else shall wait
         async with serving(SocketApp()) as running, beside(running), connected(running) as client:
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(self._send_much, client)
+                nursery.start_soon(self._send_all, client, much)
                 assert await client.close_code() == 1009
                 nursery.cancel_scope.cancel()
 
-    async def _send_much(self, client: Client) -> None:
+    async def _send_all(self, client: Client, data: bytes) -> None:
         try:
-            await client.send(frame(b"x" * 4_000_000, announced=1 << 40))
+            await client.send(data)
         except trio.BrokenResourceError:
             pass
 
