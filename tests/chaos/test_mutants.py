@@ -132,7 +132,7 @@ async def gateway_left_behind(case: Case, armed: Armed, point: str) -> list[str]
     armed.arm(point, "stop")
     async with trio.open_nursery() as nursery:
         nursery.start_soon(trio.to_thread.run_sync, armed.revive)
-        with trio.move_on_after(2.0):  # with the lock, it comes to this moment only when the other has left
+        with trio.move_on_after(4.0):  # with the lock, it comes to this moment only when the other has left
             while not armed.acted(point):
                 await trio.sleep(0.02)
         signal_process(left, signal.SIGCONT)
