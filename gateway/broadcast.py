@@ -2,9 +2,9 @@
 
 Subscribers who are up to date all want the same bytes, so these are framed once and written without waiting, from one
 loop: 11 µs of the gateway's CPU per delivery, all of its work included (`python -m tests.bench crowd`, 1,000
-subscribers), where a send through ASGI, hypercorn, h11 takes 60 to 100. Whoever does not take a whole write at once, and
-whatever is no plain event, goes back to the subscriber's own task: the slow path, which waits for its client and nobody
-else's.
+subscribers), where a send through ASGI, hypercorn, h11 takes 60 to 100. Whoever does not take a whole write at once,
+and whatever is no plain event, goes back to the subscriber's own task: the slow path, which waits for its client and
+nobody else's.
 
 Rule 1: a subscriber rides from the moment it has read everything until it falls behind; its position tells which bytes
 it has, so nothing is written twice or left out wherever it changes over.
