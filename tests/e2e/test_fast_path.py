@@ -6,6 +6,7 @@ import re
 import socket
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
@@ -50,11 +51,16 @@ def same(events: list[SseEvent]) -> list[tuple[str, str, str]]:
     return [(event.id, event.type, event.data) for event in events]
 
 
-def test_a_crowd_with_one_that_is_stuck_sees_the_same(tree: Tree) -> None:
+def test_a_crowd_with_one_that_is_stuck_sees_the_same(tree: Tree, tmp_path: Path) -> None:
     before = streams(tree)["fast_deliveries"]
-    run = tree.submit("proj.paced", n=EVENTS, size=SIZE, delay=DELAY)["id"]
+    gate = tmp_path / "gate"
+    run = tree.submit("proj.paced", n=EVENTS, size=SIZE, delay=DELAY, gate=str(gate))["id"]
     with request(tree, run) as stuck, ThreadPoolExecutor(CROWD) as clients:
-        seen = list(clients.map(lambda _: tree.events(run), range(CROWD)))
+        reading = [clients.submit(tree.events, run) for _ in range(CROWD)]
+        # On a slow machine the run would be over before they are there: nothing would be live.
+        eventually(lambda: streams(tree)["subscribers"] == CROWD + 1, 30.0, "everybody is there")
+        gate.touch()
+        seen = [one.result() for one in reading]
         assert streams(tree)["subscribers"] >= 1, "the stuck one is not let go yet"
         stuck.close()
     assert [int(event.id) for event in seen[0]] == list(range(1, EVENTS + 3))

@@ -21,7 +21,7 @@ from supervisor.runners import Runner
 from taskkit.errors import NeverReady, RestartIntensityExceeded
 from taskkit.lifecycle import ProcessState
 from taskkit.settings import LimitSettings
-from taskkit.wire.messages import Configure, Drained, Kill
+from taskkit.wire.messages import Configure, Drain, Drained, Kill
 from tests.unit.supervisor.conftest import LEAVES, WAITS, Family
 
 pytestmark = pytest.mark.usefixtures("leaves_nothing")
@@ -63,6 +63,7 @@ class Office:
     Attributes:
       notes: what the programs noted.
       ups, downs: how often a gateway came and went.
+      greets: whether one that came is told something.
     """
 
     def __init__(self, folder: Path, runners: Callable[[], list[Runner]]) -> None:
@@ -70,6 +71,7 @@ class Office:
         self.notes: list[list[object]] = []
         self.reports: list[Report] = []
         self.ups = self.downs = 0
+        self.greets = False
         self.changed = trio.Event()
         self.listener = socket.create_server(("127.0.0.1", 0))
         self.gateway = Gateway(
@@ -107,6 +109,8 @@ class Office:
 
     def _up(self) -> None:
         self.ups += 1
+        if self.greets:
+            self.gateway.send(Drain(grace=1.0))
         self._wake()
 
     def _down(self) -> None:
@@ -279,7 +283,8 @@ async def test_one_that_never_comes_up_is_a_boot_error_unless_it_may_pass(
 
 async def test_one_that_keeps_dying_is_given_up(office: Office) -> None:
     office.gateway.policy = RestartPolicy(intensity=2)
-    office.program("say(GatewayReady()); sys.exit(9)")
+    office.greets = True  # it leaves when its word has arrived: its end may be seen before
+    office.program("hear(); say(GatewayReady()); hear(); sys.exit(9)")
     with (
         trio.fail_after(30),
         pytest.raises(RestartIntensityExceeded, match=r"3 times .*exit code 9") as caught,

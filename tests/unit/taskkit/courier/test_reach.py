@@ -78,7 +78,11 @@ def test_another_thread_has_no_limit() -> None:
     ],
 )
 def test_no_wait_is_longer_than_a_courier_may_be_silent(
-    vendor: str, said: dict[str, Any], options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    django_project: DjangoProject,
+    vendor: str,
+    said: dict[str, Any],
+    options: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from taskkit.courier import reach
 
