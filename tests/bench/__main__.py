@@ -1,9 +1,12 @@
 """The benchmarks' command.
 
-    python -m tests.bench                                     lists them
-    python -m tests.bench NAME... [-n REPETITIONS] [--json]   runs them, one after the other
+    python -m tests.bench [NAME...] [-n REPETITIONS] [--out FILE]   runs them, one after the other; all without a name
+    python -m tests.bench --list                                    says what there is
 
-Exit codes: 0 measured, 2 no such benchmark. A figure that misses its goal is a figure, no failure.
+`--out` keeps every sample, with the machine's description, as JSON.
+
+Exit codes: 0 measured, 1 a benchmark could not be run (the others were), 2 no such benchmark. A figure that misses
+its goal is a figure, no failure.
 """
 
 from __future__ import annotations
@@ -13,12 +16,15 @@ import json
 import os
 import platform
 import sys
+import time
+import traceback
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from tests.bench import crowd, events, memory, retention, start
-from tests.bench.figures import Figure, table
-from tests.bench.registry import BENCHMARKS
+from tests.bench.figures import table
+from tests.bench.registry import BENCHMARKS, Benchmark
 
 #: Importing a module registers its benchmarks.
 MODULES = (start, events, retention, crowd, memory)
@@ -42,28 +48,41 @@ def list_them() -> str:
 def main(arguments: Sequence[str]) -> int:
     """Run the named benchmarks; return the exit code."""
     parser = argparse.ArgumentParser(prog="python -m tests.bench", description="Measure, without judging.")
-    parser.add_argument("names", nargs="*", metavar="NAME", help="what to measure")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="what to measure (all)")
     parser.add_argument("-n", type=int, default=0, help="repetitions instead of the usual number")
-    parser.add_argument("--json", action="store_true", help="one JSON object instead of tables")
+    parser.add_argument("--list", action="store_true", help="say what there is, and leave")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="keep every sample there, as JSON")
     options = parser.parse_args(arguments)
     if unknown := set(options.names) - BENCHMARKS.keys():
         parser.error(f"no benchmark {', '.join(sorted(unknown))}; there are {', '.join(sorted(BENCHMARKS))}")
-    if not options.names:
+    if options.list:
         print(list_them())
         return 0
-    about = machine()
-    found: dict[str, list[Figure]] = {}
-    for name in options.names:
-        chosen = BENCHMARKS[name]
-        found[name] = chosen.function(options.n if options.n > 0 else chosen.repetitions)
-        if not options.json:
-            print(f"\n{name}: {chosen.summary}\n{table(found[name])}", flush=True)
-    if options.json:
-        figures = {name: [one.summary() for one in measured] for name, measured in found.items()}
-        print(json.dumps({"machine": about, "benchmarks": figures}, indent=2))
-    else:
-        print("\n" + ", ".join(f"{key} {value}" for key, value in about.items()))
-    return 0
+    record: dict[str, Any] = {"machine": machine(), "benchmarks": {}, "failed": {}}
+    for name in options.names or BENCHMARKS:
+        measure(BENCHMARKS[name], options.n, record)
+        if options.out is not None:  # after each: an hour's work is not lost with the last one
+            options.out.write_text(json.dumps(record, indent=1) + "\n")
+    print("\n" + ", ".join(f"{key} {value}" for key, value in record["machine"].items()))
+    return 1 if record["failed"] else 0
+
+
+def measure(chosen: Benchmark, repetitions: int, record: dict[str, Any]) -> None:
+    """Run one benchmark, print it, add it to the record; one that fails is written down as such."""
+    print(f"\n{chosen.name}: {chosen.summary}", flush=True)
+    begun = time.monotonic()
+    try:
+        found = chosen.function(repetitions if repetitions > 0 else chosen.repetitions)
+    except Exception as error:
+        traceback.print_exc()
+        record["failed"][chosen.name] = f"{type(error).__name__}: {error}"
+        return
+    print(table(found), flush=True)
+    record["benchmarks"][chosen.name] = {
+        "summary": chosen.summary,
+        "seconds": round(time.monotonic() - begun, 1),
+        "figures": [one.summary() for one in found],
+    }
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from supervisor.zygote_client import Zygote
 from taskkit import linux
 from taskkit.settings import PoolSettings
 from taskkit.wire.messages import RunnerSpec
-from tests.bench.figures import Figure, figure, ratio
+from tests.bench.figures import Figure, at_most, figure, ratio
 from tests.helpers import ROOT
 
 #: Runners made by one order, as the supervisor's pool does it.
@@ -161,8 +161,10 @@ def figures_of(births: Births) -> list[Figure]:
         figure("forks/s, one by one", "1/s", [1 / s for s in births.alone]),
         figure(f"forks/s, in {TOGETHER}s", "1/s", [TOGETHER / s for s in births.together]),
         figure("peer: exec + django.setup() -> first byte", "ms", [s * 1e3 for s in births.execs]),
-        ratio("exec / fork, time", births.execs, medians),
-        figure("private memory of a new runner (USS)", "MiB", [b / mib for b in births.fork_memory], "< 6"),
+        ratio("fork / exec, time", medians, births.execs),
+        figure(
+            "private memory of a new runner (USS)", "MiB", [b / mib for b in births.fork_memory], at_most(6.0)
+        ),
         figure("peer: private memory after exec (USS)", "MiB", [b / mib for b in births.exec_memory]),
     ]
 

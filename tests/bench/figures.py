@@ -12,6 +12,39 @@ from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
+class Goal:
+    """What a figure is to reach.
+
+    Attributes:
+      limit: in the figure's unit.
+      share: the percentile that is held against it, 0 to 1.
+      least: whether the figure is to be at least, not at most so large.
+    """
+
+    limit: float
+    share: float = 0.5
+    least: bool = False
+
+    def __str__(self) -> str:
+        return f"p{self.share * 100:.0f} {'≥' if self.least else '≤'} {self.limit:,g}"
+
+    def miss(self, figure: Figure) -> float:
+        """Return by which part of the limit a figure misses it: 0.25 is a quarter; 0 and below: reached."""
+        value = figure.percentile(self.share)
+        return (self.limit - value if self.least else value - self.limit) / self.limit
+
+
+def at_most(limit: float, share: float = 0.5) -> Goal:
+    """Return the goal that the percentile `share` does not exceed `limit`."""
+    return Goal(limit, share)
+
+
+def at_least(limit: float, share: float = 0.5) -> Goal:
+    """Return the goal that the percentile `share` reaches `limit`."""
+    return Goal(limit, share, least=True)
+
+
+@dataclass(frozen=True, slots=True)
 class Figure:
     """What one quantity came to.
 
@@ -19,13 +52,13 @@ class Figure:
       name: what was measured, from where to where.
       unit: of every number.
       samples: one per repetition, in their order.
-      goal: what the figure is compared with by the reader, in words.
+      goals: what it is to reach; none: it is colour.
     """
 
     name: str
     unit: str
     samples: tuple[float, ...]
-    goal: str = ""
+    goals: tuple[Goal, ...] = ()
 
     def percentile(self, share: float) -> float:
         """Return the smallest sample that at least `share` (0 to 1) of all do not exceed."""
@@ -43,11 +76,15 @@ class Figure:
             "p99": self.percentile(0.99),
             "min": min(self.samples),
             "max": max(self.samples),
-            "goal": self.goal,
+            "goals": [
+                {"goal": str(goal), "reached": goal.miss(self) <= 0, "miss": round(goal.miss(self), 3)}
+                for goal in self.goals
+            ],
+            "samples": list(self.samples),
         }
 
 
-def figure(name: str, unit: str, samples: Sequence[float], goal: str = "") -> Figure:
+def figure(name: str, unit: str, samples: Sequence[float], *goals: Goal) -> Figure:
     """Return a figure of at least one sample.
 
     Raises:
@@ -55,12 +92,12 @@ def figure(name: str, unit: str, samples: Sequence[float], goal: str = "") -> Fi
     """
     if not samples:
         raise ValueError(f"nothing was measured: {name}")
-    return Figure(name, unit, tuple(samples), goal)
+    return Figure(name, unit, tuple(samples), goals)
 
 
-def ratio(name: str, slow: Sequence[float], fast: Sequence[float]) -> Figure:
-    """Return how many times `slow` each `fast` took, pair by pair in the order of measurement."""
-    return figure(name, "x", [a / b for a, b in zip(slow, fast, strict=True)])
+def ratio(name: str, ours: Sequence[float], theirs: Sequence[float], *goals: Goal) -> Figure:
+    """Return `ours` in parts of `theirs`, pair by pair in the order of measurement."""
+    return figure(name, "x", [a / b for a, b in zip(ours, theirs, strict=True)], *goals)
 
 
 def table(figures: Sequence[Figure]) -> str:
@@ -70,9 +107,14 @@ def table(figures: Sequence[Figure]) -> str:
     for one in figures:
         shown = [f"{_short(one.percentile(share)):>10}" for share in (0.50, 0.95, 0.99)]
         spread = f"{_short(min(one.samples))}..{_short(max(one.samples))} {one.unit}"
-        goal = f"   goal: {one.goal}" if one.goal else ""
-        lines.append(f"{one.name:<{width}} {len(one.samples):>6} {' '.join(shown)}   {spread}{goal}")
+        goals = "".join(f"   {goal}: {_judged(goal, one)}" for goal in one.goals)
+        lines.append(f"{one.name:<{width}} {len(one.samples):>6} {' '.join(shown)}   {spread}{goals}")
     return "\n".join(lines)
+
+
+def _judged(goal: Goal, one: Figure) -> str:
+    miss = goal.miss(one)
+    return "reached" if miss <= 0 else f"missed by {miss:.0%}"
 
 
 def _short(value: float) -> str:

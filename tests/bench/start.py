@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tests.bench import births
-from tests.bench.figures import Figure, figure
+from tests.bench.figures import Figure, Goal, at_most, figure
 from tests.bench.registry import benchmark
 from tests.bench.trees import BURNS, RUNNERS, await_idle, burning, demo_tree
 from tests.helpers import Tree
@@ -81,20 +81,20 @@ def memory(tree: Tree) -> list[Figure]:
     for name, pids in groups:
         sizes = [size / MIB for pid in pids if (size := births.private_memory(pid)) is not None]
         if sizes:
-            goal = "< 6" if name == "idle runner" else ""
-            found.append(figure(f"private memory of {name} (USS)", "MiB", sizes, goal))
+            goals = [at_most(6.0)] if name == "idle runner" else []
+            found.append(figure(f"private memory of {name} (USS)", "MiB", sizes, *goals))
     return found
 
 
-def figures_of(starts: Starts, where: str, goal: str = "") -> list[Figure]:
+def figures_of(starts: Starts, where: str, *goals: Goal) -> list[Figure]:
     """Return what is printed of a series, in ms."""
 
-    def ms(name: str, samples: list[float], goal: str = "") -> Figure:
-        return figure(f"{name}, {where}", "ms", [s * 1e3 for s in samples], goal)
+    def ms(name: str, samples: list[float], *goals: Goal) -> Figure:
+        return figure(f"{name}, {where}", "ms", [s * 1e3 for s in samples], *goals)
 
     return [
         ms("submit -> 202", starts.accepted),
-        ms("submit -> run.started at a subscriber", starts.seen, goal),
+        ms("submit -> run.started at a subscriber", starts.seen, *goals),
         ms("created_at -> run.started in the store", starts.stored),
     ]
 
@@ -107,7 +107,7 @@ def run(repetitions: int) -> list[Figure]:
         found += memory(tree)
         start_many(tree, 2, RUNNERS)  # connections, pages, statements: made once
         starts = start_many(tree, repetitions, RUNNERS)
-        found += figures_of(starts, "idle", "p50 < 15, p95 < 30")
+        found += figures_of(starts, "idle", at_most(12.0), at_most(25.0, 0.95))
         with burning(tree):
             found += figures_of(start_many(tree, repetitions, RUNNERS - BURNS), f"{BURNS} burns")
     return found

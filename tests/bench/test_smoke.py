@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import subprocess
 import sys
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from tests.bench import __main__ as command
 from tests.bench import crowd, events, retention, start
-from tests.bench.figures import Figure, figure, ratio, table
+from tests.bench.figures import Figure, at_least, at_most, figure, ratio, table
 from tests.bench.registry import BENCHMARKS
+from tests.bench.rounds import interleave
 from tests.helpers import ROOT
 
 
@@ -29,7 +33,7 @@ def test_start() -> None:
     found = start.run(2)
     complete(found)
     names = " ".join(one.name for one in found)
-    for part in ("fork -> first byte", "peer: exec", "exec / fork", "submit -> run.started", "idle runner"):
+    for part in ("fork -> first byte", "peer: exec", "fork / exec", "submit -> run.started", "idle runner"):
         assert part in names
 
 
@@ -56,6 +60,20 @@ def test_percentiles_are_measured_values() -> None:
     assert ratio("r", [4.0, 9.0], [2.0, 3.0]).samples == (2.0, 3.0)
 
 
+def test_goals_say_by_how_much_they_are_missed() -> None:
+    one = figure("x", "ms", [4.0, 1.0, 3.0, 2.0], at_most(2.0), at_most(2.0, 1.0), at_least(3.0))
+    assert [goal.miss(one) for goal in one.goals] == [0.0, 1.0, pytest.approx(1 / 3)]
+    assert [said["reached"] for said in one.summary()["goals"]] == [True, False, False]
+    assert "p50 ≤ 2: reached   p100 ≤ 2: missed by 100%   p50 ≥ 3: missed by 33%" in table([one])
+
+
+def test_everybody_is_first_in_turn() -> None:
+    order: list[str] = []
+    contestants = {name: functools.partial(order.append, name) for name in "abc"}
+    assert interleave(4, contestants) == {name: [None] * 4 for name in "abc"}
+    assert "".join(order) == "abcbcacababc"
+
+
 def test_nothing_measured_is_an_error() -> None:
     with pytest.raises(ValueError, match="nothing was measured: x"):
         figure("x", "ms", [])
@@ -63,7 +81,7 @@ def test_nothing_measured_is_an_error() -> None:
 
 def test_the_command_lists_what_there_is() -> None:
     shown = subprocess.run(
-        [sys.executable, "-m", "tests.bench"],
+        [sys.executable, "-m", "tests.bench", "--list"],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -80,12 +98,18 @@ def test_an_unknown_name_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert "there are crowd, events, memory, retention, start" in capsys.readouterr().err
 
 
-def test_json_has_every_figure(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    made = [figure("x", "ms", [1.0, 2.0])]
+def test_every_sample_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    made = [figure("x", "ms", [1.0, 2.0], at_most(3.0))]
     entry = BENCHMARKS["start"]
-    fake = type(entry)(entry.name, entry.summary, 1, lambda repetitions: made * repetitions)
-    monkeypatch.setitem(BENCHMARKS, "start", fake)
-    assert command.main(["start", "--json", "-n", "2"]) == 0
-    answer = json.loads(capsys.readouterr().out)
-    assert [one["p50"] for one in answer["benchmarks"]["start"]] == [1.0, 1.0]
-    assert answer["machine"]["cores"] >= 1
+
+    def fail(repetitions: int) -> list[Figure]:
+        raise RuntimeError(f"no peer for {repetitions}")
+
+    monkeypatch.setitem(BENCHMARKS, "start", replace(entry, function=lambda repetitions: made * repetitions))
+    monkeypatch.setitem(BENCHMARKS, "crowd", replace(entry, name="crowd", function=fail))
+    out = tmp_path / "figures.json"
+    assert command.main(["crowd", "start", "--out", str(out), "-n", "2"]) == 1
+    kept = json.loads(out.read_text())
+    assert [one["samples"] for one in kept["benchmarks"]["start"]["figures"]] == [[1.0, 2.0], [1.0, 2.0]]
+    assert kept["failed"] == {"crowd": "RuntimeError: no peer for 2"}, "and the others are measured"
+    assert kept["machine"]["cores"] >= 1
