@@ -2,6 +2,10 @@
 
     python -m tests [--without NAME]... [-- ARGUMENTS OF PYTEST]
 
+What fails is performed once more at the end, when nothing runs beside it, and is named in the summary whatever comes
+of that: a shared machine stands still for seconds now and then, and tests with a score of real processes notice. What
+fails twice has failed. (CPython's own test runner has the same rule.)
+
 Exit codes: 0 everything passed, 1 something failed, 2 a system package is missing or a flag is wrong (then no
 test ran).
 """
@@ -9,6 +13,7 @@ test ran).
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import os
 import re
@@ -71,13 +76,17 @@ class Package:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one group came to."""
+    """What one group came to; `late` names the tests that passed the second time only."""
 
     group: str
     passed: int
     failed: int
     seconds: float
+    late: tuple[str, ...] = ()
 
+
+#: Failures in all groups that get a second chance. More of them are no accident.
+DOUBTFUL = 20
 
 #: Seconds for one group. The longest takes 450 on two cores; a thread that does not end keeps pytest for ever.
 GROUP_SECONDS = 900.0
@@ -186,74 +195,93 @@ def count(report: Path, code: int, selective: bool) -> tuple[int, int]:
     return passed, max(failed, code not in accepted)
 
 
-def command_of(
-    group: str, report: Path, arguments: Sequence[str], paths: Sequence[str] | None = None
-) -> list[str]:
-    """Return how pytest is called for a group, or for these paths of it."""
-    folder, *options = FOLDERS[group]
-    command = [sys.executable, "-m", "pytest", *([folder] if paths is None else paths), *options]
-    return [*command, "--durations=5", "--durations-min=1", f"--junitxml={report}", *arguments]
+def failures(report: Path) -> set[str]:
+    """Return the names of the tests that have failed by a JUnit report."""
+    if not report.exists():
+        return set()
+    cases = ElementTree.parse(report).getroot().iter("testcase")
+    return {
+        f"{case.get('classname')}::{case.get('name')}"
+        for case in cases
+        if case.find("failure") is not None or case.find("error") is not None
+    }
 
 
-def deal(folder: str, hands: int) -> list[list[str]]:
-    """Return the test files of a folder in so many lots of about the same size; long files take long."""
-    files = sorted((ROOT / folder).rglob("test_*.py"), key=lambda path: (-path.stat().st_size, path.name))
-    lots: list[list[Path]] = [[] for _ in range(hands)]
-    for file in files:
-        min(lots, key=lambda lot: sum(path.stat().st_size for path in lot)).append(file)
-    return [sorted(str(file.relative_to(ROOT)) for file in lot) for lot in lots]
+class Lot:
+    """One pytest over a group, or over some files of it, as a context manager.
 
+    Args:
+      beside: whether others run meanwhile; what it says is printed when it is waited for then.
 
-def run_side_by_side(group: str, hands: int, arguments: Sequence[str]) -> Outcome:
-    """Run one group in several processes at once; return what they came to together."""
-    started = time.monotonic()
-    running = [Background(group, arguments, lot) for lot in deal(FOLDERS[group][0], hands)]
-    try:
-        outcomes = [one.finish() for one in running]
-    finally:
-        for one in running:
-            one.close()
-    passed = sum(outcome.passed for outcome in outcomes)
-    failed = sum(outcome.failed for outcome in outcomes)
-    return Outcome(group, passed, failed, time.monotonic() - started)
+    Attributes:
+      passed, failed: how many tests, once it is finished.
+      late: names of those that passed the second time.
+    """
 
-
-def run_pytest(group: str, arguments: Sequence[str]) -> Outcome:
-    """Run one group in a process of its own."""
-    started = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="bulkhead-report-") as folder:
-        report = Path(folder) / "report.xml"
-        code = run(command_of(group, report, arguments))
-        passed, failed = count(report, code, selective=bool(arguments))
-    return Outcome(group, passed, failed, time.monotonic() - started)
-
-
-class Background:
-    """One group, or some paths of it, beside others; what it says is printed when it is waited for."""
-
-    def __init__(self, group: str, arguments: Sequence[str], paths: Sequence[str] | None = None) -> None:
-        self._group = group
-        self._selective = bool(arguments)
-        self._started = time.monotonic()
+    def __init__(
+        self,
+        group: str,
+        arguments: Sequence[str],
+        paths: Sequence[str] | None = None,
+        *,
+        beside: bool = False,
+    ) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="bulkhead-report-")
-        self._report = Path(self._folder.name) / "report.xml"
-        self._output = Path(self._folder.name) / "output"
-        command = command_of(group, self._report, arguments, paths)
-        print("$", " ".join(command), "&", flush=True)
-        with self._output.open("wb") as output:
-            self._process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT)
+        self._home = Path(self._folder.name)
+        self._output = self._home / "output"
+        self._selective = bool(arguments)
+        self._beside = beside
+        self.passed = self.failed = 0
+        self.late: set[str] = set()
+        tests, *options = FOLDERS[group]
+        self._command = [sys.executable, "-m", "pytest", *([tests] if paths is None else paths), *options]
+        self._command += ["--durations=5", "--durations-min=1", "-o", f"cache_dir={self._home / 'cache'}"]
+        self._command += arguments
+        self._started = time.monotonic()
+        self._process = self._start([*self._command, f"--junitxml={self._home / 'first.xml'}"])
 
-    def finish(self) -> Outcome:
-        """Wait for its end, print what it has said."""
+    def _start(self, command: Sequence[str]) -> subprocess.Popen[bytes]:
+        print("$", " ".join(command), "&" if self._beside else "", flush=True)
+        if not self._beside:
+            return subprocess.Popen(command, cwd=ROOT)
+        with self._output.open("wb") as output:
+            return subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT)
+
+    def finish(self) -> None:
+        """Wait for its end.
+
+        One that takes longer than GROUP_SECONDS hangs: it is killed, and has failed.
+        """
+        code = self._wait(GROUP_SECONDS - (time.monotonic() - self._started))
+        if self._beside:
+            print(self._output.read_text(errors="replace"), flush=True)
+        self.passed, self.failed = count(self._home / "first.xml", code, self._selective)
+
+    def _wait(self, seconds: float) -> int:
         try:
-            left = GROUP_SECONDS - (time.monotonic() - self._started)
-            code = self._process.wait(max(1.0, left))
+            return self._process.wait(max(1.0, seconds))
         except subprocess.TimeoutExpired:
+            print("not done in time; killed", file=sys.stderr, flush=True)
             self._process.kill()
-            code = self._process.wait() or 1
-        print(self._output.read_text(errors="replace"), flush=True)
-        passed, failed = count(self._report, code, selective=self._selective)
-        return Outcome(self._group, passed, failed, time.monotonic() - self._started)
+            return self._process.wait() or 1
+
+    def repeat(self) -> None:
+        """Perform what has failed once more; nothing runs beside it now."""
+        doubtful = failures(self._home / "first.xml")
+        if not doubtful:  # pytest itself has failed
+            return
+        self._beside = False
+        report = self._home / "second.xml"
+        again = ["--last-failed", "--last-failed-no-failures=none", f"--junitxml={report}"]
+        self._process = self._start([*self._command, *again])
+        code = self._wait(GROUP_SECONDS)
+        passed, failed = count(report, code, selective=False)
+        if code == 0 and failed == 0 and passed >= len(doubtful):
+            self.late = doubtful
+        elif report.exists():
+            self.late = doubtful - failures(report) if passed + failed >= len(doubtful) else set()
+        self.passed += len(self.late)
+        self.failed -= len(self.late)
 
     def close(self) -> None:
         """End it if it still runs: it stops its trees then."""
@@ -267,12 +295,22 @@ class Background:
         self._folder.cleanup()
 
 
+def deal(folder: str, hands: int) -> list[list[str]]:
+    """Return the test files of a folder in so many lots of about the same size; long files take long."""
+    files = sorted((ROOT / folder).rglob("test_*.py"), key=lambda path: (-path.stat().st_size, path.name))
+    lots: list[list[Path]] = [[] for _ in range(hands)]
+    for file in files:
+        min(lots, key=lambda lot: sum(path.stat().st_size for path in lot)).append(file)
+    return [sorted(str(file.relative_to(ROOT)) for file in lot) for lot in lots]
+
+
 def summary(outcomes: Sequence[Outcome], without: Collection[str], seconds: float) -> str:
     """Return the closing lines; `seconds` is how long all of it took."""
     lines = [
         f"  {outcome.group:<12}{outcome.passed:>5} passed, {outcome.failed} failed in {outcome.seconds:.1f} s"
         for outcome in outcomes
     ]
+    lines += [f"  passed the second time only: {name}" for outcome in outcomes for name in outcome.late]
     lines += [f"  {group:<12} NOT RUN" for group in GROUPS if group in without]
     passed = sum(outcome.passed for outcome in outcomes)
     failed = sum(outcome.failed for outcome in outcomes)
@@ -297,30 +335,53 @@ def main(arguments: Sequence[str]) -> int:
     if not provide_packages([package for package in packages if package.group not in without]):
         return 2
     started = time.monotonic()
-    background = None if BESIDE in without else Background(BESIDE, for_pytest)
-    outcomes = []
-    try:
-        for group in GROUPS:
-            if group not in without:
-                print(f"\n== {group} ==", flush=True)
-                outcomes.append(run_group(group, background, for_pytest))
-    finally:
-        if background is not None:
-            background.close()
+    with contextlib.ExitStack() as lots:
+        outcomes = run_groups([group for group in GROUPS if group not in without], for_pytest, lots)
     print("\n== summary ==")
     print(summary(outcomes, without, time.monotonic() - started))
     return 1 if any(outcome.failed for outcome in outcomes) else 0
 
 
-def run_group(group: str, background: Background | None, arguments: Sequence[str]) -> Outcome:
-    """Run a group, or wait for the one that runs already."""
-    if group == "lint":
-        return run_lint()
-    if group == BESIDE and background is not None:
-        return background.finish()
-    if group in SIDE_BY_SIDE:
-        return run_side_by_side(group, SIDE_BY_SIDE[group], arguments)
-    return run_pytest(group, arguments)
+def run_groups(groups: Sequence[str], arguments: Sequence[str], lots: contextlib.ExitStack) -> list[Outcome]:
+    """Run the groups in their order, then what has failed once more; `lots` closes what was begun."""
+
+    def begin(group: str, paths: Sequence[str] | None = None, *, beside: bool = False) -> Lot:
+        lot = Lot(group, arguments, paths, beside=beside)
+        lots.callback(lot.close)
+        return lot
+
+    background = begin(BESIDE, beside=True) if BESIDE in groups else None
+    outcomes, doubtful = [], []
+    for group in groups:
+        print(f"\n== {group} ==", flush=True)
+        begun = time.monotonic()
+        if group == "lint":
+            outcomes.append(run_lint())
+            continue
+        if group == BESIDE and background is not None:
+            mine = [background]
+        elif group in SIDE_BY_SIDE:
+            mine = [begin(group, lot, beside=True) for lot in deal(FOLDERS[group][0], SIDE_BY_SIDE[group])]
+        else:
+            mine = [begin(group)]
+        for lot in mine:
+            lot.finish()
+        doubtful.append((len(outcomes), mine))
+        outcomes.append(outcome_of(group, mine, time.monotonic() - begun))
+    if 0 < sum(outcome.failed for outcome in outcomes) <= DOUBTFUL:
+        print("\n== once more ==", flush=True)
+        for index, mine in doubtful:
+            for lot in mine:
+                if lot.failed:
+                    lot.repeat()
+            outcomes[index] = outcome_of(outcomes[index].group, mine, outcomes[index].seconds)
+    return outcomes
+
+
+def outcome_of(group: str, lots: Sequence[Lot], seconds: float) -> Outcome:
+    """Return what the lots of a group came to together."""
+    late = tuple(sorted(name for lot in lots for name in lot.late))
+    return Outcome(group, sum(lot.passed for lot in lots), sum(lot.failed for lot in lots), seconds, late)
 
 
 if __name__ == "__main__":
