@@ -153,7 +153,7 @@ def submit(
     """
     if isinstance(task, StreamTask):
         row = task
-    definition = _find(_name_of(task, row), row)
+    definition = _find(name_of(task, row), row)
     name = definition.info.name
     alias = using or alias_of(row)
     address = None if row is None else _address_of(row, name, alias)
@@ -252,7 +252,13 @@ def _poke_addresses(using: str) -> list[str]:
     return found
 
 
-def _name_of(task: Any, row: StreamTask | None) -> str:
+def name_of(task: Any, row: StreamTask | None) -> str:
+    """Return the name or dotted path of what a caller calls a task.
+
+    Raises:
+      TypeError: it is none, or a model without its row.
+      ValueError: it is text that cannot name one.
+    """
     model = type(task) if isinstance(task, StreamTask) else task
     if isinstance(model, type) and issubclass(model, StreamTask):
         if row is None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import anyio
 import anyio.lowlevel
@@ -15,7 +15,6 @@ from taskkit.errors import InvalidArguments, RunCancelled
 from taskkit.identifiers import check_event_name
 from taskkit.registry import TaskDefinition
 from taskkit.runner.announcing import Audience
-from taskkit.runner.emitter import Emitter
 from taskkit.runner.encode import failure_of, render, render_event
 from taskkit.wire.messages import Finished, Progress, RunnerSpec, Start
 
@@ -35,6 +34,13 @@ MAX_PROGRESS_MESSAGE = 200
 _MAX_DEFAULT_BACKOFF = 300.0
 
 
+class Voice(Protocol):
+    """Where an attempt's words go: the pipe to the gateway, or a test."""
+
+    def event(self, token: str, type: str, data: bytes) -> None: ...
+    def send_progress(self, progress: Progress) -> None: ...
+
+
 class Attempt:
     """One attempt of a run; implements `taskkit.current.Speaker`.
 
@@ -45,7 +51,7 @@ class Attempt:
       spec: the limits of this runner.
     """
 
-    def __init__(self, start: Start, definition: TaskDefinition, emitter: Emitter, spec: RunnerSpec) -> None:
+    def __init__(self, start: Start, definition: TaskDefinition, emitter: Voice, spec: RunnerSpec) -> None:
         self._start = start
         self._definition = definition
         self._emitter = emitter
