@@ -442,6 +442,7 @@ class Book:
         run.attempt = row.number
         run.counted += 1
         run.started_at = run.started_at or now
+        run.runner, run.attempted_at = row.runner, now
         self.batch.changed_attempts.append(row)
         self._order.limit_time(run, row)
         self._plan.say(run, "run.started", now, attempt=row.number, runner=row.runner, pid=row.pid)
@@ -520,6 +521,7 @@ class Book:
         if decision.quarantined and error is not None:
             error = quarantine_of(error, run)
             self.casualties.quarantine(run, now)
+        run.failure = None if error is None else msgspec.json.encode(error)
         if decision.event in (RunEvent.RETRY, RunEvent.PUT_BACK):
             self._again(run, decision.event, decision.delay, ending, error, now)
             return

@@ -6,7 +6,10 @@ taskkit.E001  a setting is wrong
 taskkit.E002  a StreamTask has no process()
 taskkit.E003  the tasks cannot be collected: two of one name, or options that are wrong
 taskkit.E004  TOKEN_CLAIMS names nothing that can be called
+taskkit.E005  OPTIONS of the backend of TASKS have an unknown key (taskkit.backend)
+taskkit.E006  the backend of TASKS names a database that does not exist (taskkit.backend)
 taskkit.W001  a path in TASKKIT is relative
+taskkit.W002  a queue of TASKS has no pool of its name (taskkit.backend)
 """
 
 from __future__ import annotations

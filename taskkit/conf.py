@@ -62,6 +62,14 @@ def get_settings() -> Settings:
     return load_settings(read_settings())
 
 
+def pool_of(queue: str) -> str:
+    """Return the pool that performs the tasks of a queue of Django's own Tasks interface: that of its name, if any."""
+    try:
+        return queue if queue in get_settings().all_pools else "default"
+    except SettingsError:  # the system checks say so
+        return "default"
+
+
 def key_file() -> Path:
     """Return the file with the key of the tokens: KEY_FILE, else `key` in STATE_DIR, else in the default one.
 

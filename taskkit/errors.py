@@ -16,7 +16,8 @@ TaskkitError
  x SupervisorError        ends the daemon, with an exit code
    + NeverReady, RestartIntensityExceeded, AlreadyRunning, AddressInUse
 RunCancelled(BaseException)  raised *inside* a task: `except Exception` must not eat it
-TaskTimeout(TimeoutError)    the class path recorded for an attempt that ran into its limit
+Class paths recorded for an end that no exception of user code brought about (Django's TaskError):
+  TaskTimeout(TimeoutError), RunnerCrashed, RunnerOutOfMemory, RunnerLost, TaskCancelled
 """
 
 from __future__ import annotations
@@ -212,3 +213,19 @@ class RunCancelled(BaseException):
 
 class TaskTimeout(TimeoutError):
     """An attempt exceeded its `timeout` and was ended by the supervisor."""
+
+
+class RunnerCrashed(Exception):
+    """The process died under the task; Django's `TaskError` names this class then."""
+
+
+class RunnerOutOfMemory(RunnerCrashed):
+    """The process died for want of memory."""
+
+
+class RunnerLost(Exception):
+    """The machine or the supervisor went away under the task, which allows no other attempt."""
+
+
+class TaskCancelled(Exception):
+    """Somebody cancelled the run; Django's `TaskError` names this class then."""

@@ -38,6 +38,11 @@ def new_run_id() -> str:
     return str(uuid.UUID(int=value))
 
 
+def run_id_time(id: str) -> float:
+    """Return the Unix time in a UUIDv7, to the millisecond."""
+    return (uuid.UUID(id).int >> 80) / 1000
+
+
 def parse_run_id(text: str) -> str | None:
     """Return the canonical form of a run id, or None when `text` is not a UUID."""
     return text.lower() if _UUID.fullmatch(text) else None

@@ -72,6 +72,10 @@ class Run(models.Model):
       row_key: taskkit.wire.messages.Row.key of a model task's row. At most one open run has it.
       result: what the task returned; None while it runs, or when the value could not be stored here.
       error: `{code, message, …}` of a run that failed.
+      errors: the same of each attempt that ended badly, oldest first; of coalesced news the newest only.
+      worker_ids: the runner of each attempt; "" where the news of it was coalesced.
+      attempted_at: when the newest attempt began.
+      backend, queue: of Django's own Tasks interface, when it made the submission.
     """
 
     id = models.UUIDField(primary_key=True)
@@ -86,7 +90,14 @@ class Run(models.Model):
     error = models.JSONField(encoder=DjangoJSONEncoder, null=True, blank=True)
     metadata = models.JSONField(encoder=DjangoJSONEncoder, default=dict, blank=True)
     tags = models.JSONField(encoder=DjangoJSONEncoder, default=list, blank=True)
+    errors = models.JSONField(encoder=DjangoJSONEncoder, default=list, blank=True)
+    worker_ids = models.JSONField(encoder=DjangoJSONEncoder, default=list, blank=True)
+    backend = models.CharField(max_length=255, blank=True, default="")
+    queue = models.CharField(max_length=255, blank=True, default="")
+    priority = models.SmallIntegerField(default=0)
+    run_after = models.DateTimeField(null=True, blank=True)
     created_at = models.DateTimeField()
+    attempted_at = models.DateTimeField(null=True, blank=True)
     started_at = models.DateTimeField(null=True, blank=True)
     finished_at = models.DateTimeField(null=True, blank=True)
 

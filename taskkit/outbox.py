@@ -30,6 +30,7 @@ from taskkit.identifiers import is_task_name, new_run_id
 from taskkit.models import OPEN, ROW_KEY_LENGTH, Node, Outbox, Run, StreamTask
 from taskkit.rows import row_address, task_name
 from taskkit.threads import in_thread
+from taskkit.times import moment, unix_time
 from taskkit.wire import codec
 from taskkit.wire.messages import Row, Submit
 
@@ -129,13 +130,16 @@ def submit(
     metadata: Mapping[str, Any] | None = None,
     tags: Sequence[str] = (),
     subject: str = "",
+    backend: str = "",
+    queue: str = "",
 ) -> RunHandle:
     """Ask for a run of `task`, in the transaction that is open on `using`, or in one of its own.
 
     `task` is a registered function, its name or dotted path, or a saved row of a task model (`row` is the
     longer way to say that). A row that has an open run gets no second one: the handle is that run's.
     Arguments become JSON here, so later changes to them have no effect. `subject` is on whose behalf: a user who
-    has a token of this `sub` that reaches his own runs sees it (`taskkit.views`).
+    has a token of this `sub` that reaches his own runs sees it (`taskkit.views`). `backend` and `queue` are what
+    Django's own Tasks interface calls the way it came; they are kept with the run.
 
     Name and arguments are checked here, by the tasks that this process knows; its first submission imports
     every app's `tasks` module. What only the gateway can know (its pools, its queue) it says in `RunHandle.run`.
@@ -149,7 +153,7 @@ def submit(
     """
     if isinstance(task, StreamTask):
         row = task
-    definition = _find(_name_of(task, row), row)
+    definition = _find(name_of(task, row), row)
     name = definition.info.name
     alias = using or alias_of(row)
     address = None if row is None else _address_of(row, name, alias)
@@ -164,7 +168,7 @@ def submit(
         row=address,
         pool=pool,
         priority=priority,
-        run_after=_unix_time(run_after),
+        run_after=None if run_after is None else unix_time(run_after, "run_after"),
         timeout=timeout.total_seconds() if isinstance(timeout, timedelta) else timeout,
         max_attempts=max_attempts,
         metadata=as_json(dict(metadata or {}), "metadata"),
@@ -173,7 +177,7 @@ def submit(
         using=alias,
     )
     _check(submission)
-    return _insert(submission)
+    return _insert(submission, priority=definition.info.priority, backend=backend, queue=queue)
 
 
 async def asubmit(*args: Any, **kwargs: Any) -> RunHandle:
@@ -248,7 +252,13 @@ def _poke_addresses(using: str) -> list[str]:
     return found
 
 
-def _name_of(task: Any, row: StreamTask | None) -> str:
+def name_of(task: Any, row: StreamTask | None) -> str:
+    """Return the name or dotted path of what a caller calls a task.
+
+    Raises:
+      TypeError: it is none, or a model without its row.
+      ValueError: it is text that cannot name one.
+    """
     model = type(task) if isinstance(task, StreamTask) else task
     if isinstance(model, type) and issubclass(model, StreamTask):
         if row is None:
@@ -306,16 +316,6 @@ def _address_of(row: StreamTask, name: str, alias: str) -> Row:
     return address
 
 
-def _unix_time(moment: datetime | timedelta | None) -> float | None:
-    if moment is None:
-        return None
-    if isinstance(moment, timedelta):
-        moment = timezone.now() + moment
-    elif timezone.is_naive(moment):
-        raise ValueError(f"run_after = {moment!r}: give an aware datetime (django.utils.timezone.now() + …)")
-    return moment.timestamp()
-
-
 def _check(submission: Submit) -> None:
     """Refuse what the gateway would refuse, where the caller still sees it."""
     if submission.priority is not None and submission.priority not in PRIORITIES:
@@ -337,8 +337,8 @@ def _check(submission: Submit) -> None:
         )
 
 
-def _insert(submission: Submit) -> RunHandle:
-    """Insert the submission, or find the run that its row has already."""
+def _insert(submission: Submit, **shown: Any) -> RunHandle:
+    """Insert the submission, or find the run that its row has already; `shown` goes to its projection only."""
     clash: IntegrityError | None = None
     for _ in range(_START_TRIES):
         # Outside of the transaction below: on SQLite, reading first in a deferred transaction would turn the
@@ -347,7 +347,7 @@ def _insert(submission: Submit) -> RunHandle:
             return RunHandle(running, submission.using, new=False)
         try:
             with transaction.atomic(using=submission.using):
-                insert_rows(submission)
+                insert_rows(submission, **shown)
         except IntegrityError as error:
             if submission.row is None:
                 raise
@@ -360,8 +360,10 @@ def _insert(submission: Submit) -> RunHandle:
     ) from clash
 
 
-def insert_rows(submission: Submit) -> None:
+def insert_rows(submission: Submit, *, priority: int = 0, backend: str = "", queue: str = "") -> None:
     """Insert the outbox entry of `submission` with its projection, in the transaction that is open.
+
+    `priority` is that of its task, which counts when the submission has none.
 
     Raises:
       IntegrityError: its id is taken, or another open run has its row.
@@ -372,7 +374,8 @@ def insert_rows(submission: Submit) -> None:
     payload = msgspec.to_builtins(submission)
     for name in ("message", "id", "using"):
         payload.pop(name, None)
-    Run.objects.using(submission.using).create(
+    entry = Outbox(id=submission.id, payload=payload, row_key=key, created_at=now)
+    run = Run(
         id=submission.id,
         task=submission.task,
         args=submission.args,
@@ -380,8 +383,12 @@ def insert_rows(submission: Submit) -> None:
         row_key=key,
         metadata=submission.metadata,
         tags=submission.tags,
+        priority=priority if submission.priority is None else submission.priority,
+        run_after=None if submission.run_after is None else moment(submission.run_after),
+        backend=backend,
+        queue=queue,
         created_at=now,
     )
-    Outbox.objects.using(submission.using).create(
-        id=submission.id, payload=payload, row_key=key, created_at=now
-    )
+    # Unlike create(): one statement each, no signal. The courier submits as well, and runs no user code.
+    Run.objects.using(submission.using).bulk_create([run])
+    Outbox.objects.using(submission.using).bulk_create([entry])

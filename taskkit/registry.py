@@ -7,6 +7,7 @@ backend is ours, concrete StreamTask models. Reads no settings but TASKS, touche
 from __future__ import annotations
 
 import difflib
+import importlib
 import inspect
 import sys
 from collections.abc import Callable, Iterator
@@ -20,10 +21,12 @@ from django.conf import settings
 from django.core.exceptions import ImproperlyConfigured
 from django.utils.module_loading import autodiscover_modules
 
-from taskkit import tasks
+from taskkit import noted, tasks
+from taskkit.conf import pool_of
 from taskkit.errors import UnknownTask
 from taskkit.model_schema import model_parameters
 from taskkit.schema import NO_PARAMETERS, Parameters, parameters_of
+from taskkit.signals import run_finished
 from taskkit.stream_task import StreamTask
 from taskkit.tasks import Backoff, TaskOptions
 from taskkit.wire.messages import TaskInfo
@@ -50,7 +53,7 @@ class TaskDefinition:
       loop: "asyncio", "trio" or None, which leaves it to the pool.
       backoff: (exception, task_result) -> seconds until the next attempt, None to give up.
       place: where it is defined, for people.
-      takes_context: the first parameter is django.tasks' context.
+      interface: its Task object, when it came by Django's own interface.
       parameters: what `func` may be called with.
     """
 
@@ -60,7 +63,7 @@ class TaskDefinition:
     loop: str | None
     backoff: Backoff | None
     place: str = ""
-    takes_context: bool = False
+    interface: Any = None
     parameters: Parameters = field(default=NO_PARAMETERS, repr=False)
 
     @property
@@ -100,8 +103,10 @@ def load() -> dict[str, TaskDefinition]:
     """
     apps.check_models_ready()
     autodiscover_modules("tasks")
+    if _our_aliases():
+        _import_views()
     found: dict[str, TaskDefinition] = {}
-    for definition in (*_functions(), *_django_tasks(), *_models()):
+    for definition in (*_functions(), *_django_tasks(), *_models(), *_own()):
         other = found.setdefault(definition.info.name, definition)
         if other is not definition:
             raise DuplicateTask(
@@ -191,9 +196,11 @@ def _functions() -> Iterator[TaskDefinition]:
 
 
 def _function_task(
-    function: Callable[..., Any], options: TaskOptions, label: str, takes_context: bool = False
+    function: Callable[..., Any], options: TaskOptions, label: str, interface: Any = None
 ) -> TaskDefinition:
-    parameters = parameters_of(function, skip=int(takes_context))
+    # Django's own interface does not look at annotations, so neither do we: what it took must not be refused here.
+    takes_context = interface is not None and interface.takes_context
+    parameters = parameters_of(function, skip=int(takes_context), typed=interface is None)
     name = options.name or function.__name__
     info = _info(
         options,
@@ -211,7 +218,7 @@ def _function_task(
         loop=options.loop,
         backoff=options.backoff,
         place=_place(function),
-        takes_context=takes_context,
+        interface=interface,
         parameters=parameters,
     )
 
@@ -226,15 +233,24 @@ def _info(options: TaskOptions, **own: Any) -> TaskInfo:
 # ------------------------------------------------------------------------------
 
 
+def _import_views() -> None:
+    """Import what serves requests: tasks of Django's interface may be defined in any module that enqueues them."""
+    urls = getattr(settings, "ROOT_URLCONF", None)
+    if urls:
+        importlib.import_module(urls)
+
+
 def _django_tasks() -> Iterator[TaskDefinition]:
     classes = tuple(sys.modules[name].Task for name in _TASK_HOMES if name in sys.modules)
     aliases = _our_aliases()
-    seen: set[int] = set()
-    for app, module in _tasks_modules():
-        for value in vars(module).values():
-            if isinstance(value, classes) and value.backend in aliases and id(value) not in seen:
-                seen.add(id(value))
-                yield _django_task(value, app)
+    offered: list[tuple[Any, AppConfig | None]]
+    offered = [(value, app) for app, module in _tasks_modules() for value in vars(module).values()]
+    offered += [(value, None) for value in noted.tasks()]
+    seen: set[Callable[..., Any]] = set()
+    for value, app in offered:
+        if isinstance(value, classes) and value.backend in aliases and value.func not in seen:
+            seen.add(value.func)
+            yield _django_task(value, app)
 
 
 def _our_aliases() -> set[str]:
@@ -242,13 +258,25 @@ def _our_aliases() -> set[str]:
     return {alias for alias, its in configured.items() if its.get("BACKEND") == BACKEND}
 
 
-def _django_task(value: Any, app: AppConfig) -> TaskDefinition:
+def _django_task(value: Any, app: AppConfig | None) -> TaskDefinition:
     """Return the definition of a Task object: its queue is our pool; newer options count if it has them."""
     function: Callable[..., Any] = value.func
     given = {name: getattr(value, name) for name in TaskOptions.__struct_fields__ if hasattr(value, name)}
-    given.update(name=None, pool=value.queue_name)
+    given.update(name=None, pool=pool_of(value.queue_name))
     options = tasks.make_options(_place(function), given)
-    return _function_task(function, options, _label(function, app), takes_context=value.takes_context)
+    home = apps.get_containing_app_config(function.__module__) or app
+    label = home.label if home is not None else function.__module__.rpartition(".")[0] or function.__module__
+    return _function_task(function, options, label, value)
+
+
+def _own() -> Iterator[TaskDefinition]:
+    """Yield the task that sends signals for runs that cannot, if the project has any receivers for it."""
+    if _our_aliases() or run_finished.receivers:
+        from taskkit import announce  # it imports this module
+
+        options = tasks.options_of(announce.announce)
+        assert options is not None
+        yield _function_task(announce.announce, options, "taskkit")
 
 
 # --- models

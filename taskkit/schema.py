@@ -166,12 +166,16 @@ class Parameters:
         return leading + rest, values
 
 
-def parameters_of(function: Callable[..., Any], skip: int = 0) -> Parameters:
-    """Return what `function` may be called with, without its first `skip` parameters."""
+def parameters_of(function: Callable[..., Any], skip: int = 0, *, typed: bool = True) -> Parameters:
+    """Return what `function` may be called with, without its first `skip` parameters.
+
+    `typed` False: any JSON value may go into any parameter, whatever its annotation says.
+    """
     plain = inspect.unwrap(function)
     signature = inspect.signature(function)
     wanted = list(signature.parameters.values())[skip:]
-    types = {it.name: _annotated_type(it, getattr(plain, "__globals__", {})) for it in wanted}
+    known = getattr(plain, "__globals__", {})
+    types = {it.name: _annotated_type(it, known) if typed else Any for it in wanted}
     return Parameters(
         schema=_schema(getattr(plain, "__name__", "task"), wanted, types),
         positional=tuple(it.name for it in wanted if it.kind in _BY_POSITION),

@@ -112,6 +112,10 @@ def migrated_database() -> Path:
     return path
 
 
+#: Settings whose tables are those of the tests' own project.
+MIGRATED = ("tests.project.settings", "tests.interface.settings")
+
+
 class Tree:
     """A real `python -m supervisor run` with everything below it, as a context manager.
 
@@ -200,7 +204,7 @@ class Tree:
         Raises:
           AssertionError: it left, or was not ready in time; the message has its log.
         """
-        if self.settings == "tests.project.settings" and not self.database.exists():
+        if self.settings in MIGRATED and not self.database.exists():
             shutil.copyfile(migrated_database(), self.database)
         ready, writer = os.pipe()
         try:

@@ -34,6 +34,8 @@ class RunRow:
       suspect: it was in a shared process that died, so it is performed alone.
       epoch: grows when its newest events may have been lost with the machine's power (gateway.store.writer).
       result_expired: it had a result, which RESULT_TTL has removed.
+      runner, attempted_at: who began the newest attempt, and when.
+      failure: JSON of the newest attempt's bad end, as `error` has that of the run; None after a good one.
       followed: it had a subscriber, and its task wants to be cancelled when it has none any more.
     """
 
@@ -75,6 +77,9 @@ class RunRow:
     crashes: int = 0
     suspect: bool = False
     followed: bool = False
+    runner: str = ""
+    attempted_at: float | None = None
+    failure: bytes | None = None
     # what only the store changes
     epoch: int = 0
     result_expired: bool = False
@@ -99,6 +104,9 @@ MUTABLE = (
     "crashes",
     "suspect",
     "followed",
+    "runner",
+    "attempted_at",
+    "failure",
 )
 
 

@@ -172,7 +172,14 @@ _STREAMS: Final = (
 )
 
 #: Statements of each step.
-STEPS: Final[tuple[Sequence[str], ...]] = (_FIRST, _CRASHES, _RETENTION, _GRANTS, _STREAMS)
+#: What Django is told of each attempt, as its own Tasks interface wants to know it.
+_ATTEMPTED: Final = (
+    "ALTER TABLE run ADD COLUMN runner TEXT NOT NULL DEFAULT ''",
+    "ALTER TABLE run ADD COLUMN attempted_at REAL",
+    "ALTER TABLE run ADD COLUMN failure BLOB",
+)
+
+STEPS: Final[tuple[Sequence[str], ...]] = (_FIRST, _CRASHES, _RETENTION, _GRANTS, _STREAMS, _ATTEMPTED)
 
 
 def columns(names: Iterable[str]) -> str:

@@ -12,7 +12,7 @@ from typing import Final, TypeVar
 from django.db import Error, connections, router
 
 from taskkit import failpoints
-from taskkit.courier import outbox_reader, projection
+from taskkit.courier import outbox_reader, projection, unspoken
 from taskkit.courier.node import NodeIdentity
 from taskkit.courier.reach import Place, hang_limit
 from taskkit.courier.recall import Comparison
@@ -245,6 +245,8 @@ class Database:
             failpoints.hit("courier.projecting")
             projection.write(self.alias, batch)
             failpoints.hit("courier.projected")
+            if any(map(unspoken.is_unspoken, batch)):
+                self._look_again()  # SQLite's data_version does not count what this connection has submitted
             self._batch = min(2 * size, BATCH)
         for transition in batch:
             del self.held[transition.run]

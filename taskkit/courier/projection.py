@@ -14,18 +14,22 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterable, Sequence
-from datetime import UTC, datetime
 from typing import Any, Final
 
-from django.conf import settings
 from django.db import DataError, IntegrityError, transaction
+from django.db.models import QuerySet
 from django.utils import timezone
 
+from taskkit.courier import unspoken
 from taskkit.lifecycle import TERMINAL, RunStatus
 from taskkit.models import OPEN, ROW_KEY_LENGTH, Outbox, Run
+from taskkit.times import moment
 from taskkit.wire.messages import Submitted, Transition
 
 _log = logging.getLogger("bulkhead.courier")
+
+#: Errors that are kept of a run's attempts, the newest.
+MAX_ERRORS: Final = 20
 
 #: Characters of a refusal that are logged; the projection has all of it.
 _LOGGED: Final = 500
@@ -47,7 +51,7 @@ def write(using: str, transitions: Sequence[Transition]) -> None:
     try:
         with transaction.atomic(using=using):
             for transition in transitions:
-                _put(using, transition.run, transition.version, _values(transition))
+                _put(using, transition, _values(transition))
     except _UNSTORABLE:
         for transition in transitions:
             _write_alone(using, transition)
@@ -57,7 +61,7 @@ def _write_alone(using: str, transition: Transition) -> None:
     for columns in (_values, _bare_values):
         try:
             with transaction.atomic(using=using):
-                _put(using, transition.run, transition.version, columns(transition))
+                _put(using, transition, columns(transition))
             return
         except _UNSTORABLE as error:
             _log.warning(
@@ -77,6 +81,7 @@ def _values(transition: Transition) -> dict[str, Any]:
         **_bare_values(transition),
         "args": json.loads(transition.args),
         "kwargs": json.loads(transition.kwargs),
+        **({"worker_ids": [transition.runner]} if transition.attempt == 1 else {}),
         "result": None if transition.result is None else json.loads(transition.result),
         "error": None if transition.error is None else json.loads(transition.error),
         "metadata": json.loads(transition.metadata),
@@ -92,27 +97,42 @@ def _bare_values(transition: Transition) -> dict[str, Any]:
         "status": RunStatus(transition.status).value,
         "version": transition.version,
         "attempt": transition.attempt,
+        "priority": transition.priority,
+        "attempted_at": None if transition.attempted_at is None else moment(transition.attempted_at),
         "row_key": key if key is None or len(key) <= ROW_KEY_LENGTH else None,
-        "created_at": _moment(transition.created_at),
-        "started_at": None if transition.started_at is None else _moment(transition.started_at),
-        "finished_at": None if transition.finished_at is None else _moment(transition.finished_at),
+        "created_at": moment(transition.created_at),
+        "started_at": None if transition.started_at is None else moment(transition.started_at),
+        "finished_at": None if transition.finished_at is None else moment(transition.finished_at),
     }
 
 
-def _moment(seconds: float) -> datetime:
-    """Return Unix seconds as this project stores times: aware, or naive local time without USE_TZ."""
-    moment = datetime.fromtimestamp(seconds, UTC)
-    return moment if settings.USE_TZ else timezone.make_naive(moment)
-
-
-def _put(using: str, run: str, version: int, values: dict[str, Any]) -> None:
+def _put(using: str, transition: Transition, values: dict[str, Any]) -> None:
+    run = transition.run
     if values["row_key"] and values["status"] not in TERMINAL:
         _make_way(using, run, values["row_key"])
     runs = Run.objects.using(using).filter(id=run)
-    if not runs.filter(version__lt=version).update(**values) and not runs.exists():
-        Run.objects.using(using).bulk_create(
-            [Run(id=run, **values)]
-        )  # unlike create: no signal, no user code
+    if runs.filter(version__lt=transition.version).update(**values):
+        if transition.attempt > 1 or transition.failure is not None:
+            _add_attempt(runs, transition)
+        if unspoken.is_unspoken(transition):
+            unspoken.submit(using, transition.run)
+    elif not runs.exists():
+        created = Run(id=run, **values)
+        Run.objects.using(using).bulk_create([created])  # unlike create: no signal, no user code
+        _add_attempt(runs, transition)
+        if unspoken.is_unspoken(transition):
+            unspoken.submit(using, transition.run)
+
+
+def _add_attempt(runs: QuerySet[Run], transition: Transition) -> None:
+    """Put the newest attempt behind those that are known; of several that were told of at once only that is."""
+    for run in runs:
+        workers = [*run.worker_ids, *[""] * transition.attempt][: max(transition.attempt - 1, 0)]
+        errors = [error for error in run.errors if error.get("attempt") != transition.attempt]
+        if transition.failure is not None:
+            errors.append({**json.loads(transition.failure), "attempt": transition.attempt})
+        workers += [transition.runner] if transition.attempt else []
+        runs.update(worker_ids=workers, errors=errors[-MAX_ERRORS:])
 
 
 def _make_way(using: str, run: str, row_key: str) -> None:
@@ -165,7 +185,10 @@ def _refuse(using: str, run: str, code: str, message: str) -> str:
         status=RunStatus.FAILED.value, error={"code": code, "message": message}, finished_at=timezone.now()
     )
     found = Run.objects.using(using).filter(id=run).values_list("task", flat=True)[:1]
-    return next(iter(found), "a task that is not known")
+    task = next(iter(found), "a task that is not known")
+    if unspoken.has_listeners(task):
+        unspoken.submit(using, run)
+    return task
 
 
 def _one_line(text: str) -> str:

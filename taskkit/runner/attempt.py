@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import anyio
 import anyio.lowlevel
@@ -14,9 +14,12 @@ from taskkit import current
 from taskkit.errors import InvalidArguments, RunCancelled
 from taskkit.identifiers import check_event_name
 from taskkit.registry import TaskDefinition
-from taskkit.runner.emitter import Emitter
+from taskkit.runner.announcing import Audience
 from taskkit.runner.encode import failure_of, render, render_event
 from taskkit.wire.messages import Finished, Progress, RunnerSpec, Start
+
+if TYPE_CHECKING:
+    from taskkit.runner.performance import Performance
 
 #: What a generator's yield is called on the stream.
 YIELD_EVENT = "progress"
@@ -31,6 +34,13 @@ MAX_PROGRESS_MESSAGE = 200
 _MAX_DEFAULT_BACKOFF = 300.0
 
 
+class Voice(Protocol):
+    """Where an attempt's words go: the pipe to the gateway, or a test."""
+
+    def event(self, token: str, type: str, data: bytes) -> None: ...
+    def send_progress(self, progress: Progress) -> None: ...
+
+
 class Attempt:
     """One attempt of a run; implements `taskkit.current.Speaker`.
 
@@ -41,11 +51,13 @@ class Attempt:
       spec: the limits of this runner.
     """
 
-    def __init__(self, start: Start, definition: TaskDefinition, emitter: Emitter, spec: RunnerSpec) -> None:
+    def __init__(self, start: Start, definition: TaskDefinition, emitter: Voice, spec: RunnerSpec) -> None:
         self._start = start
         self._definition = definition
         self._emitter = emitter
         self._spec = spec
+        self._performance = _performance(definition, start, spec)
+        self.audience = Audience(self, definition.func or definition.model, self._performance)
         self._metadata: dict[str, Any] = msgspec.json.decode(start.metadata)
         self._extras: dict[str, Any] = {"_run": start.run, "_attempt": start.attempt}
         if start.row is not None:
@@ -115,8 +127,8 @@ class Attempt:
             args, kwargs = definition.bind(
                 msgspec.json.decode(self._start.args), msgspec.json.decode(self._start.kwargs)
             )
-            if definition.takes_context:
-                args.insert(0, self)
+            if self._performance is not None and self._performance.result.task.takes_context:
+                args.insert(0, self._performance.context)
             func = definition.func
             return lambda: func(*args, **kwargs)
         row = self._start.row
@@ -208,17 +220,31 @@ class Attempt:
         return float(wait)
 
 
+def _performance(definition: TaskDefinition, start: Start, spec: RunnerSpec) -> Performance | None:
+    if definition.interface is None:
+        return None
+    from taskkit.runner.performance import Performance  # only a project with Django's Tasks can import it
+
+    return Performance(definition.interface, start, spec.id)
+
+
 def perform_sync(attempt: Attempt) -> Finished:
     """Perform an attempt of a synchronous task in the calling thread; no event loop is started."""
     current.speaker.set(attempt)
     try:
-        result = attempt.call_sync(attempt.prepare())
+        call = attempt.prepare()
+        attempt.audience.begun()
+        result = attempt.call_sync(call)
         attempt.complete(result)
     except RunCancelled:
         return attempt.cancelled()
     except BaseException as error:
-        return conclude(attempt, error)
-    return finish(attempt, result)
+        finished = conclude(attempt, error)
+        attempt.audience.ended(finished, error)
+        return finished
+    finished = finish(attempt, result)
+    attempt.audience.ended(finished, None)
+    return finished
 
 
 async def perform_async(attempt: Attempt, scope: anyio.CancelScope) -> Finished:
@@ -228,14 +254,25 @@ async def perform_async(attempt: Attempt, scope: anyio.CancelScope) -> Finished:
     asynchronous spelling does not work under trio.
     """
     current.speaker.set(attempt)
+    raised = None
     try:
         with scope:
             call = await anyio.to_thread.run_sync(attempt.prepare)
+            if not attempt.audience.is_empty:
+                await anyio.to_thread.run_sync(attempt.audience.begun)
             result = await attempt.call_async(call)
             await anyio.to_thread.run_sync(attempt.complete, result)
     except BaseException as error:
-        return conclude(attempt, error)
-    return attempt.cancelled() if scope.cancelled_caught else finish(attempt, result)
+        raised = error
+        finished = conclude(attempt, error)
+    else:
+        finished = attempt.cancelled() if scope.cancelled_caught else finish(attempt, result)
+    if not attempt.audience.is_empty:
+        with anyio.CancelScope(
+            shield=True
+        ):  # bounded by the deadline of the attempt, which the supervisor holds
+            await anyio.to_thread.run_sync(attempt.audience.ended, finished, raised)
+    return finished
 
 
 def finish(attempt: Attempt, result: Any) -> Finished:

@@ -548,8 +548,8 @@ class Submitted(Message, frozen=True):
 class Transition(Message, frozen=True):
     """The run as it stands since `version`; the courier writes it to the project's database `using`.
 
-    `args`, `kwargs`, `metadata`, `result` and `error` are JSON as it is stored: the courier parses it, not the loop
-    that serves streams.
+    `args`, `kwargs`, `metadata`, `result`, `error` and `failure` are JSON as it is stored: the courier parses it, not
+    the loop that serves streams. `runner`, `attempted_at`, `failure`: of the newest attempt.
     """
 
     run: str
@@ -557,6 +557,10 @@ class Transition(Message, frozen=True):
     task: str
     status: str
     attempt: int = 0
+    runner: str = ""
+    attempted_at: float | None = None
+    failure: bytes | None = None
+    priority: int = 0
     args: bytes = b"[]"
     kwargs: bytes = b"{}"
     row: Row | None = None

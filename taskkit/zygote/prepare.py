@@ -73,6 +73,8 @@ def load_project(settings_module: str, path: list[str]) -> dict[str, Any]:
     tasks = registry.known()  # cached: the runners forked from here submit without loading once more
     for name in _PRELOADED:
         importlib.import_module(name)
+    if any(task.interface is not None for task in tasks.values()):
+        importlib.import_module("taskkit.runner.performance")
     return tasks
 
 

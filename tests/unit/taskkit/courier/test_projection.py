@@ -168,10 +168,10 @@ def test_no_signal_runs_user_code() -> None:
 
 
 def test_naive_projects_get_naive_times() -> None:
-    from taskkit.courier import projection
+    from taskkit.times import moment
 
     with override_settings(USE_TZ=False, TIME_ZONE="UTC"):
-        assert projection._moment(1e9).tzinfo is None
+        assert moment(1e9).tzinfo is None
 
 
 def test_json_is_parsed_here_whatever_it_is() -> None:

@@ -1,0 +1,1 @@
+"""A project that uses Django's own Tasks interface as its documentation shows it; only the backend is ours."""
