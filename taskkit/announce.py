@@ -11,11 +11,8 @@ from typing import Any
 from taskkit import registry
 from taskkit.errors import UnknownTask
 from taskkit.models import Run
-from taskkit.runner.announcing import ANNOUNCE
-from taskkit.signals import run_finished
+from taskkit.signals import ANNOUNCE, run_finished
 from taskkit.tasks import task
-
-NAME = ANNOUNCE
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +25,7 @@ class EndedRun:
     metadata: dict[str, Any] = field(default_factory=dict)
 
 
-@task(name=NAME, max_attempts=3)
+@task(name=ANNOUNCE, max_attempts=3)
 def announce(run: str, using: str) -> None:
     """Send the signals that a run has ended; its own process could not."""
     ended = Run.objects.using(using).filter(id=run).first()

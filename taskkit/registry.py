@@ -26,7 +26,7 @@ from taskkit.conf import pool_of
 from taskkit.errors import UnknownTask
 from taskkit.model_schema import model_parameters
 from taskkit.schema import NO_PARAMETERS, Parameters, parameters_of
-from taskkit.signals import run_finished
+from taskkit.signals import ANNOUNCE, run_finished
 from taskkit.stream_task import StreamTask
 from taskkit.tasks import Backoff, TaskOptions
 from taskkit.wire.messages import TaskInfo
@@ -106,13 +106,15 @@ def load() -> dict[str, TaskDefinition]:
     if _our_aliases():
         _import_views()
     found: dict[str, TaskDefinition] = {}
-    for definition in (*_functions(), *_django_tasks(), *_models(), *_own()):
+    for definition in (*_functions(), *_django_tasks(), *_models()):
         other = found.setdefault(definition.info.name, definition)
         if other is not definition:
             raise DuplicateTask(
                 f"two tasks are named {definition.info.name!r}: {other.place} and {definition.place}; "
                 "rename one, or give it another name: @task(name=…)"
             )
+    if run_finished.receivers or any(definition.interface is not None for definition in found.values()):
+        found[ANNOUNCE] = _announce()
     return dict(sorted(found.items()))
 
 
@@ -269,14 +271,13 @@ def _django_task(value: Any, app: AppConfig | None) -> TaskDefinition:
     return _function_task(function, options, label, value)
 
 
-def _own() -> Iterator[TaskDefinition]:
-    """Yield the task that sends signals for runs that cannot, if the project has any receivers for it."""
-    if _our_aliases() or run_finished.receivers:
-        from taskkit import announce  # it imports this module
+def _announce() -> TaskDefinition:
+    """Return the task that sends signals for runs that cannot: the project has receivers for them."""
+    from taskkit import announce  # it imports this module
 
-        options = tasks.options_of(announce.announce)
-        assert options is not None
-        yield _function_task(announce.announce, options, "taskkit")
+    options = tasks.options_of(announce.announce)
+    assert options is not None
+    return _function_task(announce.announce, options, "taskkit")
 
 
 # --- models

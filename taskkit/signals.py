@@ -13,7 +13,12 @@ the run's; `error` is `{code, message, …}` or None. A receiver that raises is 
 
 from __future__ import annotations
 
+from typing import Final
+
 from django.dispatch import Signal
+
+#: The task that sends signals for other runs; nobody wants to hear of itself.
+ANNOUNCE: Final = "taskkit.announce"
 
 #: An attempt begins; arguments: run.
 run_started = Signal()

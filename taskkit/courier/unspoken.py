@@ -8,11 +8,11 @@ from __future__ import annotations
 import json
 from functools import cache
 
-from taskkit import announce, registry
+from taskkit import registry
 from taskkit.identifiers import new_run_id
 from taskkit.lifecycle import RunStatus
 from taskkit.outbox import insert_rows
-from taskkit.signals import run_finished
+from taskkit.signals import ANNOUNCE, run_finished
 from taskkit.wire.messages import Submit, Transition
 
 
@@ -34,7 +34,7 @@ def _raised(transition: Transition) -> bool:
 @cache
 def has_listeners(task: str) -> bool:
     """Whether somebody wants to hear of the end of every run of this task."""
-    if task == announce.NAME:  # or one that is refused would be told of by another, for ever
+    if task == ANNOUNCE:  # or one that is refused would be told of by another, for ever
         return False
     definition = registry.known().get(task)
     return definition is not None and (definition.interface is not None or bool(run_finished.receivers))
@@ -42,4 +42,4 @@ def has_listeners(task: str) -> bool:
 
 def submit(using: str, run: str) -> None:
     """Have the end of this run told of, if the transaction that is open commits."""
-    insert_rows(Submit(id=new_run_id(), task=announce.NAME, kwargs={"run": run, "using": using}, using=using))
+    insert_rows(Submit(id=new_run_id(), task=ANNOUNCE, kwargs={"run": run, "using": using}, using=using))

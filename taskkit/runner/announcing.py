@@ -6,21 +6,17 @@ database. One that raises is logged by Django, and changes nothing.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from taskkit.lifecycle import RunStatus
-from taskkit.signals import run_finished, run_started
+from taskkit.signals import ANNOUNCE, run_finished, run_started
 from taskkit.wire.messages import Finished
 
 if TYPE_CHECKING:
     from taskkit.runner.attempt import Attempt
     from taskkit.runner.performance import Performance
-
-
-#: The task that sends signals for other runs; nobody wants to hear of itself.
-ANNOUNCE: Final = "taskkit.announce"
 
 
 class Audience:

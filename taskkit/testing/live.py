@@ -50,7 +50,9 @@ class LiveTree:
         from taskkit import tokens
 
         given = claims or {"actions": tokens.ACTIONS, "runs": "*", "tasks": ("*",)}
-        return tokens.issue(tokens.load_key(self.state_dir / "key"), **{"subject": "", "ttl": 3600.0, **given})
+        return tokens.issue(
+            tokens.load_key(self.state_dir / "key"), **{"subject": "", "ttl": 3600.0, **given}
+        )
 
 
 @contextmanager

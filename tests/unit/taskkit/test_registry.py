@@ -259,7 +259,7 @@ def test_tasks_of_djangos_interface_are_taken_by_their_backend(project: Project)
     """)
     assert output.splitlines() == [
         "a.contextual a.ours taskkit.announce",
-        "heavy 3 Ours. a.tasks.ours False",
+        "default 3 Ours. a.tasks.ours False",
         "True ('n',) contextual",
     ]
 
