@@ -7,26 +7,33 @@ import json
 import os
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
 from pathlib import Path
 from typing import Any, Self
 
 from tests.bench.trees import RUNNERS
 from tests.helpers import FOLDER_PREFIX, ROOT, Tree, eventually
 
+APPS = "tests.bench.peers.apps"
+
+#: Bodies before anything is measured: connections, statements, pages are made once.
+WARM_UP = 6
+
 #: Seconds for a contestant's process to leave when it is asked to.
 GRACE = 10.0
 
 
 class Contestant:
-    """A queue that is up, seen through its submitter: a process of its own that speaks `apps/driver.py`.
+    """A queue that is up, seen through its submitter: a process of its own that runs `apps/driver.py`.
 
     Args:
-      command: of the submitter.
+      python: the interpreter of its environment.
+      app: the module in `apps` that submits.
       environment: over this process's own.
       folder: for its log and for the files that bodies stamp.
       workers: pids of the processes at the top of what performs the bodies.
@@ -34,7 +41,8 @@ class Contestant:
 
     def __init__(
         self,
-        command: Sequence[str | Path],
+        python: str | Path,
+        app: str,
         environment: Mapping[str, str],
         folder: Path,
         workers: Sequence[int] = (),
@@ -45,7 +53,7 @@ class Contestant:
         self._log = folder / "driver.log"
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(
-                command,
+                [python, "-m", f"{APPS}.driver", f"{APPS}.{app}"],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
@@ -75,6 +83,11 @@ class Contestant:
     def rate(self, n: int) -> float:
         """Return how many of `n` bodies, submitted at once, are performed per second."""
         return n / float(self._ask("bulk", n=n))
+
+    def firsts(self, n: int, pause: float) -> list[float]:
+        """Return the seconds from each of `n` submissions to the first event at a subscriber."""
+        found: list[float] = self._ask("firsts", n=n, pause=pause)
+        return found
 
     def death(self, number: int, timeout: float = 60.0) -> float | None:
         """Return the seconds from a body's death of this signal until the client knows; None: it never did."""
@@ -116,13 +129,9 @@ def folder() -> Iterator[Path]:
 
 @contextmanager
 def process(
-    command: Sequence[str | Path],
-    environment: Mapping[str, str],
-    log: Path,
-    stop: signal.Signals = signal.SIGTERM,
-    **options: Any,
+    command: Sequence[str | Path], environment: Mapping[str, str], log: Path
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """Run a server or a worker in a session of its own; stop it as its makers do it, then whatever is left."""
+    """Run a server or a worker in a session of its own; ask it to leave, then end whatever is left of it."""
     with log.open("ab") as output:
         running = subprocess.Popen(
             command,
@@ -130,12 +139,13 @@ def process(
             stdout=output,
             stderr=output,
             start_new_session=True,
-            **{"cwd": ROOT, "env": os.environ | environment, **options},
+            cwd=ROOT,
+            env=os.environ | environment,
         )
     try:
         yield running
     finally:
-        running.send_signal(stop)
+        running.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):
             running.wait(GRACE)
         with contextlib.suppress(ProcessLookupError):
@@ -144,18 +154,19 @@ def process(
 
 
 @contextmanager
-def ours(*, runners: int = RUNNERS, pools: Mapping[str, Any] | None = None) -> Iterator[Contestant]:
-    """Have a tree of the tests' project with these POOLS, and a Django process that submits to it."""
-    settings = {"TASKKIT_POOLS": json.dumps(pools)} if pools else {}
-    with Tree(runners=runners, env=settings) as tree:
+def ours(runners: int = RUNNERS, *, app: str = "bulkhead", **settings: Any) -> Iterator[Contestant]:
+    """Have a tree of the tests' project with these settings, and a Django process that submits to it."""
+    overrides = {f"TASKKIT_{name}": json.dumps(value) for name, value in settings.items()}
+    with Tree(runners=runners, env=overrides) as tree:
         # The courier has registered where to poke it; what comes earlier is found by polling.
-        eventually(lambda: "courier" in [child.kind for child in tree.status().children], 10, "a courier")
+        with closing(sqlite3.connect(f"file:{tree.database}?mode=ro", uri=True, timeout=5)) as database:
+            eventually(lambda: database.execute("SELECT 1 FROM taskkit_node").fetchone(), 10, "a node's row")
         environment = tree.environment() | {
             "DJANGO_SETTINGS_MODULE": "tests.project.settings",
             "BENCH_URL": tree.url,
             "BENCH_TOKEN": tree.token(ttl=3600),
+            "BENCH_STORE": str(tree.state_dir / "store.sqlite3"),
         }
-        command = [sys.executable, "-m", "tests.bench.peers.apps.bulkhead"]
-        with Contestant(command, environment, tree.state_dir, [tree.pid]) as contestant:
-            contestant.starts(8, 0.1)  # connections, statements, pages: made once
+        with Contestant(sys.executable, app, environment, tree.state_dir, [tree.pid]) as contestant:
+            contestant.starts(WARM_UP, 0.05)
             yield contestant

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import sqlite3
 import time
 
 import django
 import httpx
 
-from tests.bench.peers.apps import driver
+from tests.bench.peers.apps.driver import first_event
 
 django.setup()
 
@@ -32,13 +34,25 @@ def many(path: str, n: int) -> None:
             assert answer.json()["accepted"] == len(runs), answer.text[:1000]
 
 
+def ended() -> float | None:
+    """Return the Unix time at which the last end was on disk; None while a run is open."""
+    path = f"file:{os.environ['BENCH_STORE']}?mode=ro"
+    with contextlib.closing(sqlite3.connect(path, uri=True, timeout=10)) as store:
+        last, unfinished = store.execute(
+            "SELECT max(finished_at), sum(finished_at IS NULL) FROM run"
+        ).fetchone()
+    return None if unfinished else float(last)
+
+
+def first() -> float:
+    """Submit over HTTP, ask for the stream; return the Unix time of the first event."""
+    run = get_client(URL, token=TOKEN).submit("proj.count", kwargs={"n": 1})["id"]
+    return first_event(URL, f"/api/v1/runs/{run}/events", {"Authorization": f"Bearer {TOKEN}"})
+
+
 def death(path: str, number: int, timeout: float) -> float | None:
     """Follow a run that dies until its stream ends."""
     client = get_client(URL, token=TOKEN)
     run = client.submit("proj.bench_die", kwargs={"path": path, "number": number})["id"]
     ends = (time.time() for event in client.follow(run) if event.type == "stream.end")
     return next(ends, None)
-
-
-if __name__ == "__main__":
-    driver.serve(one, many, death)
