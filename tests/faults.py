@@ -33,9 +33,13 @@ class Postgres:
     """A private server without a network address, in a directory of its own; a context manager.
 
     It runs as an ordinary user, as it refuses root.
+
+    Args:
+      options: settings of the server, `name=value`; by default it does not wait for the disk.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *options: str) -> None:
+        self._options = options or ("fsync=off",)
         self.folder = Path(tempfile.mkdtemp(prefix=f"{FOLDER_PREFIX}pg-", dir="/tmp"))
         self._data = self.folder / "data"
         self._who: dict[str, Any] = {}
@@ -91,7 +95,8 @@ class Postgres:
 
     def start(self) -> None:
         """Start it; return when it takes connections."""
-        options = ["-k", str(self.folder), "-c", "listen_addresses=", "-c", "fsync=off"]
+        options = ["-k", str(self.folder), "-c", "listen_addresses="]
+        options += [part for one in self._options for part in ("-c", one)]
         with (self.folder / "log").open("ab") as log:
             self._process = subprocess.Popen(
                 [_program("postgres"), "-D", str(self._data), *options],

@@ -15,6 +15,7 @@ import argparse
 import json
 import os
 import platform
+import signal
 import sys
 import time
 import traceback
@@ -22,12 +23,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tests.bench import crowd, events, memory, retention, start
+from tests.bench import crowd, deaths, events, idle, memory, queues, retention, start, together
 from tests.bench.figures import table
 from tests.bench.registry import BENCHMARKS, Benchmark
 
 #: Importing a module registers its benchmarks.
-MODULES = (start, events, retention, crowd, memory)
+MODULES = (start, events, retention, crowd, memory, queues, deaths, idle, together)
 
 
 def machine() -> dict[str, Any]:
@@ -86,4 +87,6 @@ def measure(chosen: Benchmark, repetitions: int, record: dict[str, Any]) -> None
 
 
 if __name__ == "__main__":
+    # What is up (trees, servers, workers in sessions of their own) goes with whoever is told to leave.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     sys.exit(main(sys.argv[1:]))

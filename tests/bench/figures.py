@@ -100,6 +100,11 @@ def ratio(name: str, ours: Sequence[float], theirs: Sequence[float], *goals: Goa
     return figure(name, "x", [a / b for a, b in zip(ours, theirs, strict=True)], *goals)
 
 
+def median(samples: Sequence[float]) -> float:
+    """Return the nearest-rank median, which is one of the samples."""
+    return figure("median", "", samples).percentile(0.5)
+
+
 def table(figures: Sequence[Figure]) -> str:
     """Return the figures as lines of text, one each, under a heading."""
     width = max(len(one.name) for one in figures)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import math
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.bench import __main__ as command
-from tests.bench import crowd, events, retention, start
+from tests.bench import crowd, deaths, events, idle, queues, retention, start, together
 from tests.bench.figures import Figure, at_least, at_most, figure, ratio, table
 from tests.bench.registry import BENCHMARKS
 from tests.bench.rounds import interleave
@@ -49,9 +50,35 @@ def test_crowd() -> None:
     complete(crowd.measure(repetitions=1, crowd=20, events=20))
 
 
+def test_queues() -> None:
+    complete(queues.starts(rounds=1, n=2, peers={}))
+    complete(queues.rates("a process per run", 1, {}, {}, {queues.OURS: 10, queues.ROWS: 10}))
+    complete(queues.rates("2 processes", 1, queues.REUSED, {}, {queues.OURS: 10}))
+
+
+def test_first_events() -> None:
+    complete(queues.firsts(rounds=1, n=2, peers={}))
+
+
+def test_deaths() -> None:
+    complete(deaths.measure(rounds=1, n=2, told=[], untold=[]))
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="the memory of processes that are not dumpable is for root")
+def test_idle() -> None:
+    complete(idle.measure(rounds=1, seconds=0.5, peers=[]))
+
+
+def test_many_together() -> None:
+    complete(together.measure_crowd(rounds=1, count=20))
+    complete(together.measure_speakers(rounds=1, speakers=(1, 3), events=300))
+
+
 def test_every_benchmark_is_smoked_here() -> None:
     elsewhere = {"memory"}  # tests/edges/test_memory.py, which also judges it
-    assert set(BENCHMARKS) == {"start", "events", "retention", "crowd"} | elsewhere
+    here = {"start", "events", "retention", "crowd", "async", "speakers"}
+    queues = {"submit", "first", "fresh", "reuse", "deaths", "idle"}
+    assert set(BENCHMARKS) == here | queues | elsewhere
 
 
 def test_percentiles_are_measured_values() -> None:
@@ -95,7 +122,7 @@ def test_an_unknown_name_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as left:
         command.main(["nothing"])
     assert left.value.code == 2
-    assert "there are crowd, events, memory, retention, start" in capsys.readouterr().err
+    assert "there are async, crowd, deaths" in capsys.readouterr().err
 
 
 def test_every_sample_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

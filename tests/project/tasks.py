@@ -13,7 +13,8 @@ import anyio
 import anyio.lowlevel
 
 from taskkit import RunCancelled, current_run, emit, linux, progress, task
-from tests.project.chaos import *  # noqa: F403  (a task is found where `tasks` offers it)
+from tests.project.bench import *  # noqa: F403  (a task is found where `tasks` offers it)
+from tests.project.chaos import *  # noqa: F403
 from tests.project.edges import *  # noqa: F403
 from tests.project.forging import *  # noqa: F403
 from tests.project.stopping import *  # noqa: F403

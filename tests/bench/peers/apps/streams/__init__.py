@@ -1,0 +1,1 @@
+"""A Django app with the one task model of django-streaming-coordinator's contest."""
