@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.bench import __main__ as command
-from tests.bench import crowd, events, retention, start
+from tests.bench import crowd, events, fanout, retention, start
 from tests.bench.figures import Figure, at_least, at_most, figure, ratio, table
 from tests.bench.registry import BENCHMARKS
 from tests.bench.rounds import interleave
@@ -45,13 +45,17 @@ async def test_retention() -> None:
     complete(await retention.measure(old=3000, quiet=20))
 
 
+def test_fanout() -> None:
+    complete(fanout.measure(repetitions=1, crowd=20, events=20, peers=()))
+
+
 def test_crowd() -> None:
     complete(crowd.measure(repetitions=1, crowd=20, events=20))
 
 
 def test_every_benchmark_is_smoked_here() -> None:
     elsewhere = {"memory"}  # tests/edges/test_memory.py, which also judges it
-    assert set(BENCHMARKS) == {"start", "events", "retention", "crowd"} | elsewhere
+    assert set(BENCHMARKS) == {"start", "events", "retention", "fanout", "crowd"} | elsewhere
 
 
 def test_percentiles_are_measured_values() -> None:
@@ -95,7 +99,7 @@ def test_an_unknown_name_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as left:
         command.main(["nothing"])
     assert left.value.code == 2
-    assert "there are crowd, events, memory, retention, start" in capsys.readouterr().err
+    assert "there are crowd, events, fanout, memory, retention, start" in capsys.readouterr().err
 
 
 def test_every_sample_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -1,0 +1,1 @@
+"""What the Python peers serve. Run by their own interpreters, imported by nobody."""
