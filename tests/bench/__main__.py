@@ -22,12 +22,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tests.bench import crowd, events, fanout, memory, retention, start
+from tests.bench import crowd, events, fanout, memory, retention, scale, start, subscribers
 from tests.bench.figures import table
 from tests.bench.registry import BENCHMARKS, Benchmark
 
 #: Importing a module registers its benchmarks.
-MODULES = (start, events, retention, fanout, crowd, memory)
+MODULES = (start, events, retention, fanout, scale, subscribers, crowd, memory)
 
 
 def machine() -> dict[str, Any]:

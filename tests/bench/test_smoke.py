@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.bench import __main__ as command
-from tests.bench import crowd, events, fanout, retention, start
+from tests.bench import crowd, events, fanout, retention, scale, start, subscribers
 from tests.bench.figures import Figure, at_least, at_most, figure, ratio, table
 from tests.bench.registry import BENCHMARKS
 from tests.bench.rounds import interleave
@@ -49,13 +49,36 @@ def test_fanout() -> None:
     complete(fanout.measure(repetitions=1, crowd=20, events=20, peers=()))
 
 
+def test_unpaced() -> None:
+    complete(fanout.measure_unpaced(repetitions=1, crowd=20, events={"bulkhead": 100}))
+
+
+def test_large() -> None:
+    complete(scale.measure(repetitions=1, crowd=30, events=5, peers=()))
+
+
+def test_growth() -> None:
+    complete(scale.measure_growth(repetitions=1, sizes={1: 0.1, 10: 0.1}, events=5))
+
+
+def test_idle() -> None:
+    complete(subscribers.measure(repetitions=1, count=200, peers=()))
+
+
+def test_joining() -> None:
+    complete(subscribers.measure_joining(repetitions=1, storm=20, open_streams=10, peers=()))
+
+
 def test_crowd() -> None:
     complete(crowd.measure(repetitions=1, crowd=20, events=20))
 
 
 def test_every_benchmark_is_smoked_here() -> None:
     elsewhere = {"memory"}  # tests/edges/test_memory.py, which also judges it
-    assert set(BENCHMARKS) == {"start", "events", "retention", "fanout", "crowd"} | elsewhere
+    assert set(BENCHMARKS) == elsewhere | {
+        *("start", "events", "retention"),
+        *("fanout", "unpaced", "large", "growth", "idle", "joining", "crowd"),
+    }
 
 
 def test_percentiles_are_measured_values() -> None:
@@ -99,7 +122,7 @@ def test_an_unknown_name_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as left:
         command.main(["nothing"])
     assert left.value.code == 2
-    assert "there are crowd, events, fanout, memory, retention, start" in capsys.readouterr().err
+    assert f"there are {', '.join(sorted(BENCHMARKS))}" in capsys.readouterr().err
 
 
 def test_every_sample_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
