@@ -23,12 +23,28 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tests.bench import crowd, deaths, events, idle, memory, queues, retention, start, together
+from tests.bench import (
+    crowd,
+    deaths,
+    events,
+    fanout,
+    idle,
+    memory,
+    queues,
+    retention,
+    scale,
+    start,
+    subscribers,
+    together,
+)
 from tests.bench.figures import table
 from tests.bench.registry import BENCHMARKS, Benchmark
 
 #: Importing a module registers its benchmarks.
-MODULES = (start, events, retention, crowd, memory, queues, deaths, idle, together)
+MODULES = (
+    *(start, events, retention, fanout, scale, subscribers, crowd, memory),
+    *(queues, deaths, idle, together),
+)
 
 
 def machine() -> dict[str, Any]:

@@ -135,7 +135,10 @@ def measure(repetitions: int, size: int) -> list[Figure]:
     found = [growth(size) for _ in range(repetitions)]
     return [
         figure(
-            "gateway: growth at the worst", "MB", [max(1, most) / 1e6 for most, _ in found], at_most(20.0)
+            "gateway: growth at the worst",
+            "MB",
+            [max(1, most) / 1e6 for most, _ in found],
+            at_most(20.0, 1.0),
         ),
         figure("events through the gateway", "MB/s", [size / seconds / 1e6 for _, seconds in found]),
     ]

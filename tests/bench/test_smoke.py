@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import json
 import math
-import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -14,7 +13,19 @@ from pathlib import Path
 import pytest
 
 from tests.bench import __main__ as command
-from tests.bench import crowd, deaths, events, idle, queues, retention, start, together
+from tests.bench import (
+    crowd,
+    deaths,
+    events,
+    fanout,
+    idle,
+    queues,
+    retention,
+    scale,
+    start,
+    subscribers,
+    together,
+)
 from tests.bench.figures import Figure, at_least, at_most, figure, ratio, table
 from tests.bench.registry import BENCHMARKS
 from tests.bench.rounds import interleave
@@ -46,6 +57,30 @@ async def test_retention() -> None:
     complete(await retention.measure(old=3000, quiet=20))
 
 
+def test_fanout() -> None:
+    complete(fanout.measure(repetitions=1, crowd=20, events=20, peers=()))
+
+
+def test_unpaced() -> None:
+    complete(fanout.measure_unpaced(repetitions=1, crowd=20, events={"bulkhead": 100}))
+
+
+def test_large() -> None:
+    complete(scale.measure(repetitions=1, crowd=30, events=5, peers=()))
+
+
+def test_growth() -> None:
+    complete(scale.measure_growth(repetitions=1, sizes={1: 0.1, 10: 0.1}, events=5))
+
+
+def test_resting() -> None:
+    complete(subscribers.measure(repetitions=1, count=200, peers=()))
+
+
+def test_joining() -> None:
+    complete(subscribers.measure_joining(repetitions=1, storm=20, open_streams=10, peers=()))
+
+
 def test_crowd() -> None:
     complete(crowd.measure(repetitions=1, crowd=20, events=20))
 
@@ -64,7 +99,6 @@ def test_deaths() -> None:
     complete(deaths.measure(rounds=1, n=2, told=[], untold=[]))
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="the memory of processes that are not dumpable is for root")
 def test_idle() -> None:
     complete(idle.measure(rounds=1, seconds=0.5, peers=[]))
 
@@ -76,9 +110,11 @@ def test_many_together() -> None:
 
 def test_every_benchmark_is_smoked_here() -> None:
     elsewhere = {"memory"}  # tests/edges/test_memory.py, which also judges it
-    here = {"start", "events", "retention", "crowd", "async", "speakers"}
-    queues = {"submit", "first", "fresh", "reuse", "deaths", "idle"}
-    assert set(BENCHMARKS) == here | queues | elsewhere
+    assert set(BENCHMARKS) == elsewhere | {
+        *("start", "events", "retention", "async", "speakers"),
+        *("fanout", "unpaced", "large", "growth", "resting", "joining", "crowd"),
+        *("submit", "first", "fresh", "reuse", "deaths", "idle"),
+    }
 
 
 def test_percentiles_are_measured_values() -> None:
@@ -122,7 +158,7 @@ def test_an_unknown_name_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as left:
         command.main(["nothing"])
     assert left.value.code == 2
-    assert "there are async, crowd, deaths" in capsys.readouterr().err
+    assert f"there are {', '.join(sorted(BENCHMARKS))}" in capsys.readouterr().err
 
 
 def test_every_sample_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -235,14 +235,14 @@ def bulky(events: list[int] | None = None, result: int = 0, pause: float = 0.0) 
 def paced(n: int, size: int, delay: float, before: int = 0, gate: str | None = None) -> int:
     """Emit `before` events of 4,000 characters at once, then `n` of `size` characters, `delay` seconds apart.
 
-    In between wait until there is a file `gate`.
+    In between wait until there is a file `gate`. Each of the `n` says the time and has one `~` (tests.bench.readers).
     """
     for _ in range(before):
         emit("before", {"text": "x" * 4_000})
     while gate is not None and not os.path.exists(gate):
         time.sleep(0.01)
     for number in range(1, n + 1):
-        emit("paced", {"number": number, "text": "x" * size})
+        emit("paced", {"number": number, "at": time.time(), "text": "~".ljust(size, "x")})
         time.sleep(delay)
     return n
 

@@ -9,7 +9,7 @@ from contextlib import ExitStack, contextmanager
 from importlib.metadata import version
 from pathlib import Path
 
-from tests.bench.peers import servers
+from tests.bench.peers import brokers
 from tests.bench.peers.contestants import APPS, WARM_UP, Contestant, Maker, folder, process
 from tests.bench.peers.environments import python_of
 from tests.helpers import ROOT
@@ -71,7 +71,7 @@ def celery() -> Iterator[Contestant]:
     """Celery, prefork, on Redis."""
     python = python_of("celery", REQUIREMENTS["celery"])
     worker = [python, "-m", "celery", "-A", f"{APPS}.celery_app", "worker", "-c", str(WORKERS)]
-    with folder() as path, servers.redis(path) as url, _up("celery", path, [worker], BENCH_REDIS=url) as up:
+    with folder() as path, brokers.redis(path) as url, _up("celery", path, [worker], BENCH_REDIS=url) as up:
         yield up
 
 
@@ -81,7 +81,7 @@ def rq() -> Iterator[Contestant]:
     worker = [python_of("rq", REQUIREMENTS["rq"]), "-m", f"{APPS}.rq_app"]
     with (
         folder() as path,
-        servers.redis(path) as url,
+        brokers.redis(path) as url,
         _up("rq", path, [worker] * WORKERS, BENCH_REDIS=url) as up,
     ):
         yield up
@@ -101,7 +101,7 @@ def dramatiq() -> Iterator[Contestant]:
     """Dramatiq on Redis, with as many threads per process as it comes with."""
     program = python_of("dramatiq", REQUIREMENTS["dramatiq"]).with_name("dramatiq")
     worker = [program, f"{APPS}.dramatiq_app", "-p", str(WORKERS)]
-    with folder() as path, servers.redis(path) as url, _up("dramatiq", path, [worker], BENCH_REDIS=url) as up:
+    with folder() as path, brokers.redis(path) as url, _up("dramatiq", path, [worker], BENCH_REDIS=url) as up:
         yield up
 
 
@@ -121,7 +121,7 @@ def procrastinate() -> Iterator[Contestant]:
     """Procrastinate on PostgreSQL."""
     python = python_of("procrastinate", REQUIREMENTS["procrastinate"])
     program = [python, "-m", "procrastinate", f"--app={APPS}.procrastinate_app.app"]
-    with folder() as path, servers.postgres() as address:
+    with folder() as path, brokers.postgres() as address:
         environment = os.environ | _settings(path) | {"BENCH_POSTGRES": address}
         schema = [*program, "schema", "--apply"]
         subprocess.run(schema, check=True, timeout=60, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL)
@@ -134,7 +134,7 @@ def streaming_coordinator() -> Iterator[Contestant]:
     """django-streaming-coordinator on SQLite: it performs tasks in the process that streams them."""
     python = python_of("streaming", REQUIREMENTS["streaming"])
     with folder() as path:
-        port = servers.free_port()
+        port = brokers.free_port()
         settings = _settings(path) | {
             "BENCH_APPS": f"streaming {APPS}.streams",
             "BENCH_URL": f"http://127.0.0.1:{port}",
@@ -142,7 +142,7 @@ def streaming_coordinator() -> Iterator[Contestant]:
         _migrate(python, settings)
         server = [python, "-m", "django", "runserver_stream", "--port", str(port)]
         with process(server, settings, path / "server.log") as running:
-            servers.await_port(port)
+            brokers.await_port(port)
             with Contestant(python, "streaming_app", settings, path, [running.pid]) as contestant:
                 contestant.firsts(WARM_UP, 0.05)
                 yield contestant

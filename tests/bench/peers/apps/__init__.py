@@ -1,1 +1,1 @@
-"""What runs in the environments of the peers: their tasks, and the program that submits them."""
+"""What runs in the environments of the peers: tasks with the program that submits them, apps that stream."""
