@@ -14,12 +14,6 @@ from pathlib import Path
 from typing import Any, Final
 
 from tests.bench.queues import OURS
-from tests.helpers import ROOT
-
-#: What the README shows.
-PICTURE: Final = ROOT / "deploy" / "pictures" / "benchmark.svg"
-README: Final = ROOT / "README.md"
-MARKS: Final = ("<!-- measured: begin -->", "<!-- measured: end -->")
 
 #: Pixels of the picture: its width, those of the names, of the longest bar, the height of a bar's line.
 WIDTH, NAMES, BAR, LINE = 860, 200, 480, 20
@@ -107,29 +101,15 @@ def picture(record: Mapping[str, Any]) -> str:
     )
 
 
-def between(text: str, new: str) -> str:
-    """Return the README with `new` between its marks.
-
-    Raises:
-      ValueError: it has no such marks.
-    """
-    begin, end = (text.index(mark) for mark in MARKS)
-    return f"{text[: begin + len(MARKS[0])]}\n\n{new}\n\n{text[end:]}"
-
-
 def main(arguments: Sequence[str]) -> int:
-    """Write the README's table and picture from a kept file."""
-    if len(arguments) != 1:
-        print(
-            "python -m tests.bench.report FILE: what `python -m tests.bench --out FILE` has kept",
-            file=sys.stderr,
-        )
+    """Print the table, write the picture if a place for it is given."""
+    if len(arguments) not in (1, 2):
+        print(__doc__, file=sys.stderr)
         return 2
     record = json.loads(Path(arguments[0]).read_text())
-    README.write_text(between(README.read_text(), f"{table(record)}\n\nMachine: {machine(record)}."))
-    PICTURE.parent.mkdir(exist_ok=True)
-    PICTURE.write_text(picture(record))
-    print(table(record))
+    print(f"{table(record)}\n\nMachine: {machine(record)}.")
+    if len(arguments) == 2:
+        Path(arguments[1]).write_text(picture(record))
     return 0
 
 

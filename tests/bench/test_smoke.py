@@ -7,6 +7,7 @@ import json
 import math
 import subprocess
 import sys
+import xml.etree.ElementTree as ElementTree
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from tests.bench import (
     fanout,
     idle,
     queues,
+    report,
     retention,
     scale,
     start,
@@ -176,3 +178,23 @@ def test_every_sample_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     assert [one["samples"] for one in kept["benchmarks"]["start"]["figures"]] == [[1.0, 2.0], [1.0, 2.0]]
     assert kept["failed"] == {"crowd": "RuntimeError: no peer for 2"}, "and the others are measured"
     assert kept["machine"]["cores"] >= 1
+
+
+def test_what_was_kept_becomes_a_table_with_a_picture(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = [
+        figure(f"rate, {queues.OURS}", "1/s", [200.0, 300.0, 250.0], at_least(240.0)),
+        figure("rate, RQ", "1/s", [90.0, 100.0, 80.0]),
+        figure("rate, ours / RQ", "x", [2.2, 3.0, 3.1], at_least(4.0)),
+    ]
+    figures = [one.summary() for one in made]
+    kept, svg = tmp_path / "figures.json", tmp_path / "picture.svg"
+    kept.write_text(json.dumps({"machine": {"cores": 2}, "benchmarks": {"race": {"figures": figures}}}))
+    assert report.main([str(kept), str(svg)]) == 0
+    shown = capsys.readouterr().out
+    assert f"| rate, {queues.OURS} | 250 1/s (200 … 300) | ≥ 240 | reached |" in shown
+    assert "**missed by 25%**" in shown
+    drawn = ElementTree.fromstring(svg.read_text())
+    widths = [float(bar.get("width", "0")) for bar in drawn.iter("{http://www.w3.org/2000/svg}rect")]
+    assert widths == [report.BAR, pytest.approx(report.BAR * 90 / 250, abs=0.1)]
