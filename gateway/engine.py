@@ -405,8 +405,8 @@ class Engine:
 
     def _patience(self) -> float:
         """Return seconds until something has to be looked at without being woken."""
-        look = self._pipes.next_look()
-        waits = [] if look is None else [look - trio.current_time()]
+        looks = (self._pipes.next_look(), self.courier.next_look())
+        waits = [look - trio.current_time() for look in looks if look is not None]
         due = self.book.queues.next_due()
         if due is not None:
             # A wall clock may step: look at least once a second while a run waits for its time.

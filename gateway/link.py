@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import secrets
 import socket
+import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Final
 
@@ -17,6 +18,7 @@ from gateway.submission import Submission, parse_submission
 from taskkit import failpoints
 from taskkit.channel import Channel
 from taskkit.errors import NotWritable, RemoteWireError, SubmitError
+from taskkit.lifecycle import RunStatus
 from taskkit.wire.messages import (
     Answer,
     Ask,
@@ -37,6 +39,14 @@ logger = logging.getLogger("bulkhead.gateway")
 
 #: Transitions that may be unanswered. The courier writes up to 100 in one transaction.
 _WINDOW: Final = 100
+
+#: Seconds between two looks at what Django has not been told: what happens to a run in between is told once. Django's
+#: database takes a transition of its own for 0.1 to 1 ms of the courier's time, and short runs have three.
+_PACE: Final = 0.025
+
+#: Seconds for which a run that is not over is left alone: most are over then. One that waits is nothing new to Django,
+#: which has submitted it.
+_UNDER_WAY: Final = {RunStatus.READY: 0.5, RunStatus.RUNNING: 0.1}
 
 #: Runs read at once of those that there was no memory for.
 _PAGE: Final = 500
@@ -60,6 +70,7 @@ class CourierLink:
         self._sent: dict[int, int] = {}  # version by run number, unanswered
         self._numbers: dict[str, int] = {}  # number by run id, of those
         self._refilling = False
+        self._look_at = 0.0
         self.links = 0
         self._asked: dict[str, tuple[trio.Event, list[Answer]]] = {}
 
@@ -143,17 +154,27 @@ class CourierLink:
     # --- transitions ---------------------------------------------------------------------------------------
 
     def tell(self) -> None:
-        """Send the newest state of runs that Django does not know, as far as the window allows."""
-        if self._channel is None or self._channel.broken:
+        """Send the newest state of runs that Django does not know, as far as pace and window allow."""
+        now = trio.current_time()
+        if not self.up or now < self._look_at or len(self._sent) >= _WINDOW:
             return
+        assert self._channel is not None
+        self._look_at = now + _PACE
+        clock = time.time()
         for no, run in self._engine.book.untold.items():
             if len(self._sent) >= _WINDOW:
                 return
-            if self._sent.get(no) != run.version:
+            if self._sent.get(no) != run.version and not _is_under_way(run, clock):
                 self._sent[no] = run.version
                 self._numbers[run.id] = no
                 self._channel.send(transition_of(run))
                 failpoints.hit("transition.sent")
+
+    def next_look(self) -> float | None:
+        """Return the moment at which `tell` should be called without any other reason; None: there is none."""
+        if not self.up or len(self._sent) >= _WINDOW or len(self._sent) == len(self._engine.book.untold):
+            return None
+        return self._look_at
 
     def _told(self, message: Told) -> None:
         no = self._numbers.get(message.run)
@@ -217,6 +238,15 @@ class CourierLink:
             detail = answers[0].detail if answers else f"no answer within {_ASK_SECONDS:.0f} s"
             raise NotWritable(f"the database cannot be asked: {detail}", retry_after=2)
         return answers[0]
+
+
+def _is_under_way(run: RunRow, clock: float) -> bool:
+    """Whether a run is about to change again, presumably."""
+    patience = _UNDER_WAY.get(run.status)
+    if patience is None:
+        return False
+    since = run.created_at if run.attempted_at is None else run.attempted_at
+    return 0 <= clock - since < patience
 
 
 def _body(message: Submit) -> Mapping[str, Any]:

@@ -20,7 +20,7 @@ from django.db import DataError, IntegrityError, transaction
 from django.db.models import QuerySet
 from django.utils import timezone
 
-from taskkit.courier import unspoken
+from taskkit.courier import unspoken, upsert
 from taskkit.lifecycle import TERMINAL, RunStatus
 from taskkit.models import OPEN, ROW_KEY_LENGTH, Outbox, Run
 from taskkit.times import moment
@@ -50,8 +50,12 @@ def write(using: str, transitions: Sequence[Transition]) -> None:
     """
     try:
         with transaction.atomic(using=using):
+            plain = [transition for transition in transitions if upsert.is_plain(using, transition)]
+            if plain:
+                upsert.write(using, plain)
             for transition in transitions:
-                _put(using, transition, _values(transition))
+                if not upsert.is_plain(using, transition):
+                    _put(using, transition, _values(transition))
     except _UNSTORABLE:
         for transition in transitions:
             _write_alone(using, transition)
