@@ -25,6 +25,7 @@ from gateway.endings import (
 from gateway.grants import Grants
 from gateway.ordering import Ordering
 from gateway.output import Line
+from gateway.pace import DEPTH, PATIENCE, Paces
 from gateway.plan import Plan
 from gateway.state import After, OpenAttempt, RunnerState
 from gateway.store.rows import AttemptRow, Batch, KeyRow, Opened, RunRow
@@ -42,6 +43,7 @@ from taskkit.wire.messages import (
     Disarm,
     Event,
     Finished,
+    GivenBack,
     Greeted,
     Hello,
     Kill,
@@ -98,6 +100,8 @@ class Book:
         self.queues = Queues()
         self.casualties = Casualties(settings.breaker, self.queues, self.runs)
         self.draining = False
+        self._paces = Paces()
+        self._ahead: dict[str, None] = {}  # runners that were given runs ahead
         self.tally = RunTally()
         self._by_id: dict[str, int] = {}
         self._by_key: dict[str, int] = {}
@@ -305,8 +309,8 @@ class Book:
             cause, ending = among_others(cause, together), Ending.LOST
         self._end_attempt(attempt, ending, now, cause=cause)
 
-    def _never_started(self, attempt: OpenAttempt, cause: Cause, now: float) -> None:
-        """The runner died before it said `Started`: the attempt did not happen and is not counted."""
+    def _never_started(self, attempt: OpenAttempt, cause: Cause | None, now: float) -> None:
+        """The runner died before it said `Started`, or gave it back: it did not happen and is not counted."""
         self._close_attempt(attempt, Ending.LOST, now, cause=cause)
         run = attempt.run
         self.casualties.ended(run, Ending.LOST, "", self.moment, now, self.batch)
@@ -325,6 +329,8 @@ class Book:
         for pool in pools_of(self._limits, self.queues, now, self.casualties.trials(self.moment)):
             while self._claim_alone(pool, now) or self._claim_one(pool, now):
                 pass
+            self._claim_ahead(pool, now)
+        self._take_back()
 
     def _claim_one(self, pool: str, now: float) -> bool:
         chosen = choose(self._seats(pool), self._limits[pool])
@@ -358,10 +364,66 @@ class Book:
         if id is not None:
             self._order.send_home(self.runners[id])
 
+    def _claim_ahead(self, pool: str, now: float) -> None:
+        """Give runs of quick tasks to runners at work, the one with the fewest first."""
+        run = self.queues.peek(pool, now)
+        if run is None or not self._may_go_ahead(run):
+            return
+        takers = [
+            runner for runner in self.runners.values() if runner.spec.pool == pool and runner.takes_ahead
+        ]
+        for depth in range(1, DEPTH):
+            for runner in takers:
+                # The last run of a process is given when it is free: behind it the process is retired.
+                if len(runner.tokens) != depth or runner.seat.left <= 1 or self._is_stuck(runner):
+                    continue
+                self._assign(runner, run, now, ahead=True)
+                taken = self.queues.take(pool, now)
+                assert taken is run
+                run = self.queues.peek(pool, now)
+                if run is None or not self._may_go_ahead(run):
+                    return
+
+    def _may_go_ahead(self, run: RunRow) -> bool:
+        # The deadline of one that has not begun would be that of the one in front of it.
+        return run.timeout is None and self._paces.is_quick(run.task)
+
+    def _is_stuck(self, runner: RunnerState) -> bool:
+        return runner.recalled or self.moment - runner.progressed > PATIENCE
+
+    def _take_back(self) -> None:
+        """Take back what waits at runners that are busy for longer than was thought."""
+        for id in list(self._ahead):
+            runner = self.runners.get(id)
+            if runner is None or len(runner.tokens) < 2:
+                del self._ahead[id]
+                if runner is not None:
+                    runner.recalled = False
+            elif not runner.recalled and self._is_stuck(runner):
+                self._order.take_back(
+                    runner, [token for token in runner.tokens if self.attempts[token].row.started_at is None]
+                )
+
+    def next_look(self) -> float | None:
+        """Return the moment at which something given ahead may have to be taken back; None: nothing is."""
+        moments = [
+            runner.progressed + PATIENCE
+            for id in self._ahead
+            if (runner := self.runners.get(id)) is not None and not runner.recalled
+        ]
+        return min(moments, default=None)
+
+    def _given_back(self, message: GivenBack, now: float) -> None:
+        attempt = self.attempts[message.token]
+        runner = self.runners[attempt.row.runner]
+        self._never_started(attempt, None, now)
+        runner.given -= 1
+        runner.runs_done -= 1
+
     def _seats(self, pool: str) -> list[Seat]:
         return [runner.seat for runner in self.runners.values() if runner.spec.pool == pool]
 
-    def _assign(self, runner: RunnerState, run: RunRow, now: float) -> None:
+    def _assign(self, runner: RunnerState, run: RunRow, now: float, *, ahead: bool = False) -> None:
         row = AttemptRow(
             run=run.no,
             number=run.attempt + 1,
@@ -371,13 +433,18 @@ class Book:
             assigned_at=now,
         )
         self.attempts[row.token] = OpenAttempt(row, run)
+        if ahead:
+            self._ahead[runner.spec.id] = None
+        elif not runner.tokens:
+            runner.progressed = self.moment
         runner.tokens.add(row.token)
         runner.given += 1
         runner.retiring = runner.given >= runner.spec.runs
         runner.session.expect(row.token)
         self.batch.attempts.append(row)
         self.batch.full = True
-        self._plan.tell(Assigned(runner=runner.spec.id, last=runner.retiring))
+        if runner.given == 1 or runner.retiring:  # what comes in between is no news to the supervisor
+            self._plan.tell(Assigned(runner=runner.spec.id, last=runner.retiring))
         self._order.start(run, row, self.memory_limits.get(run.task))
 
     def _memory_limit(self, attempt: OpenAttempt) -> int | None:
@@ -412,6 +479,8 @@ class Book:
             self._started(message, now)
         elif isinstance(message, Finished):
             self._finished(message, now)
+        elif isinstance(message, GivenBack):
+            self._given_back(message, now)
         elif isinstance(message, Created):
             runner.runs_done += 1
             self.after.created.append(message)
@@ -445,6 +514,9 @@ class Book:
         run.runner, run.attempted_at = row.runner, now
         self.batch.changed_attempts.append(row)
         self._order.limit_time(run, row)
+        self._progressed(row.runner)
+        if run.cancelling:  # before it had begun, when only giving it back was asked for
+            self._order.cancel(row)
         self._plan.say(run, "run.started", now, attempt=row.number, runner=row.runner, pid=row.pid)
         self._plan.changed(run)
 
@@ -460,6 +532,11 @@ class Book:
             )
             return
         self._end_attempt(attempt, ending, now, finished=message)
+
+    def _progressed(self, id: str) -> None:
+        runner = self.runners.get(id)
+        if runner is not None:
+            runner.progressed = self.moment
 
     # --- endings -------------------------------------------------------------------------------------------
 
@@ -479,8 +556,14 @@ class Book:
         self.batch.changed_attempts.append(row)
         del self.attempts[row.token]
         self.tally.attempts[ending.value] += 1
+        if row.started_at is not None:
+            if ending in (Ending.RETURNED, Ending.RAISED):
+                self._paces.ended(attempt.run.task, now - row.started_at)
+            else:
+                self._paces.unsettled(attempt.run.task)
         runner = self.runners.get(row.runner)
         if runner is not None:
+            runner.progressed = self.moment
             runner.tokens.discard(row.token)
             runner.session.forget(row.token)
             runner.runs_done += 1
@@ -580,7 +663,17 @@ class Book:
             why = {"reason": reason} if reason else {}
             self._plan.say(run, "run.cancelling", now, grace=grace, **why)
             self._plan.changed(run)
-        self._order.cancel(attempt.row, grace)
+        runner = self.runners.get(attempt.row.runner)
+        if (
+            attempt.row.started_at is None
+            and runner is not None
+            and runner.takes_ahead
+            and len(runner.tokens) > 1
+        ):
+            # Its deadline would end the run in front of it.
+            self._order.take_back(runner, [attempt.row.token])
+        else:
+            self._order.cancel(attempt.row, grace)
 
     def expired(self, runner: str, token: str, kind: str, now: float) -> None:
         """The deadline of an attempt in a shared process has passed; said again until it has ended.

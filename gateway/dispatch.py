@@ -169,6 +169,12 @@ class Queues:
         # Its time is not asked again: if the wall clock was set back since it came, the run would be lost here.
         return self._waiting.pop(heapq.heappop(heap)[1]) if heap else None
 
+    def peek(self, pool: str, now: float) -> RunRow | None:
+        """Return the run that `take` would take out."""
+        self._ripen(self._later, now)
+        heap = self._settle(self._ready.get(pool, []), pool)
+        return self._waiting[heap[0][1]] if heap else None
+
     def waits(self, pool: str, now: float, trials: Collection[str] = ()) -> bool:
         """Whether `take` or `take_alone` would return a run."""
         return self.waits_alone(pool, now, trials) or bool(self._settle(self._ready.get(pool, []), pool))

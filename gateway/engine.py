@@ -405,7 +405,7 @@ class Engine:
 
     def _patience(self) -> float:
         """Return seconds until something has to be looked at without being woken."""
-        looks = (self._pipes.next_look(), self.courier.next_look())
+        looks = (self._pipes.next_look(), self.courier.next_look(), self.book.next_look())
         waits = [look - trio.current_time() for look in looks if look is not None]
         due = self.book.queues.next_due()
         if due is not None:

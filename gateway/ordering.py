@@ -13,7 +13,7 @@ from gateway.plan import Plan
 from gateway.state import RunnerState
 from gateway.store.rows import AttemptRow, RunRow
 from taskkit.settings import LimitSettings
-from taskkit.wire.messages import Assigned, Cancel, Deadline, Retire, Row, Start
+from taskkit.wire.messages import Assigned, Cancel, Deadline, Retire, Row, Start, TakeBack
 
 #: Seconds that an attempt may take to begin beyond its timeout. The limit is set before `Start`, so that it holds
 #: whoever dies, and set anew when the attempt begins.
@@ -29,6 +29,11 @@ class Ordering:
     def __init__(self, limits: LimitSettings, plan: Plan) -> None:
         self._limits = limits
         self._plan = plan
+
+    def take_back(self, runner: RunnerState, tokens: list[str]) -> None:
+        """Have a runner give back what it has not begun."""
+        runner.recalled = True
+        self._plan.order(runner.spec.id, TakeBack(tokens=tokens))
 
     def start(self, run: RunRow, row: AttemptRow, memory_limit: int | None) -> None:
         """Have a runner perform an attempt; it ignores one that it knows."""

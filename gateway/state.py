@@ -35,6 +35,8 @@ class RunnerState:
       corrupt: what was wrong with its events pipe; nothing behind that is read.
       adopted: it was there before this gateway: its pipe may begin inside a frame.
       abandoned: attempts that were ended without it, and that it may still perform.
+      progressed: moment of its last sign of progress, or of its first order after a rest.
+      recalled: it was asked to give back what it has not begun.
     """
 
     spec: RunnerSpec
@@ -50,6 +52,8 @@ class RunnerState:
     exited: Cause | None = None
     corrupt: str = ""
     abandoned: int = 0
+    progressed: float = 0.0
+    recalled: bool = False
 
     @property
     def shared(self) -> bool:
@@ -61,7 +65,13 @@ class RunnerState:
         """What dispatch has to know."""
         usable = not self.retiring and self.exited is None and self.session.seq > 0
         left = self.spec.runs - self.given if usable else 0
-        return Seat(self.spec.id, len(self.tokens), self.spec.concurrency, left)
+        # What was given ahead waits for a seat; it takes none.
+        return Seat(self.spec.id, min(len(self.tokens), self.spec.concurrency), self.spec.concurrency, left)
+
+    @property
+    def takes_ahead(self) -> bool:
+        """Whether its process performs many runs, one at a time: then some may wait at it for their turn."""
+        return self.spec.concurrency == 1 and self.spec.runs > 1
 
 
 @dataclass(slots=True)

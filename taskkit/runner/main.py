@@ -20,7 +20,7 @@ from taskkit.runner.encode import failure_of
 from taskkit.runner.leftovers import end_children
 from taskkit.runner.limits import limit_memory
 from taskkit.runner.orders import Orders
-from taskkit.wire.messages import Create, Created, Finished, Hello, RunnerSpec, Start, Started
+from taskkit.wire.messages import Create, Created, Finished, GivenBack, Hello, RunnerSpec, Start, Started
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +46,9 @@ class Runner:
         self._spec = spec
         self._tasks = tasks
         self._emitter = Emitter(ends.events, spec.pipe_size, ends.blobs)
-        self._orders = Orders(socket.socket(fileno=ends.orders))
+        self._orders = Orders(
+            socket.socket(fileno=ends.orders), lambda token: self._emitter.send(GivenBack(token=token))
+        )
         self._done = 0
 
     def run(self) -> int:

@@ -7,7 +7,7 @@ import select
 import signal
 import socket
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 
 import anyio
@@ -16,7 +16,7 @@ from taskkit import linux, seqpacket
 from taskkit.errors import RemoteWireError, RunCancelled
 from taskkit.runner.emitter import Emitter
 from taskkit.wire.codec import unpack
-from taskkit.wire.messages import Cancel, Create, Order, Retire, Start
+from taskkit.wire.messages import Cancel, Create, Order, Retire, Start, TakeBack
 
 #: Announces input on the orders socket while a synchronous task runs. SIGIO is what the kernel uses for this, and
 #: ordinary programs leave it alone.
@@ -28,14 +28,19 @@ class Orders:
 
     An order to start an attempt that was ordered before is dropped: a new gateway repeats what the old one may not
     have sent. A cancellation is remembered until its attempt starts.
+
+    Args:
+      give_back: says that the attempt with this token will not begin here.
     """
 
-    def __init__(self, sock: socket.socket) -> None:
+    def __init__(self, sock: socket.socket, give_back: Callable[[str], None]) -> None:
         sock.setblocking(False)
         self._sock = sock
         self._waiting: deque[Start | Create] = deque()
         self._seen: set[str] = set()
         self._cancelled: set[str] = set()
+        self._taken_back: deque[str] = deque()
+        self._give_back = give_back
         self.retired = False
         self.closed = False
 
@@ -66,8 +71,24 @@ class Orders:
             self._waiting.append(order)
         elif isinstance(order, Cancel):
             self._cancelled.add(order.token)
+        elif isinstance(order, TakeBack):
+            self._take_back(set(order.tokens))
         elif isinstance(order, Retire):
             self.retired = True
+
+    def _take_back(self, tokens: set[str]) -> None:
+        kept: deque[Start | Create] = deque()
+        for order in self._waiting:
+            if isinstance(order, Start) and order.token in tokens:
+                self._taken_back.append(order.token)
+            else:
+                kept.append(order)
+        self._waiting = kept
+
+    def answer(self) -> None:
+        """Say what was taken back. Not in the middle of another frame."""
+        while self._taken_back:
+            self._give_back(self._taken_back.popleft())
 
     def is_cancelled(self, token: str) -> bool:
         """Whether the attempt is to stop, as far as has been received."""
@@ -76,6 +97,7 @@ class Orders:
     def next_nowait(self) -> Start | Create | None:
         """Return the next order that has arrived, or None."""
         self._pump()
+        self.answer()
         return self._waiting.popleft() if self._waiting else None
 
     def next(self) -> Start | Create | None:
@@ -92,6 +114,7 @@ class Orders:
         """Wait until something arrives, under any event loop."""
         await anyio.wait_readable(self._sock)
         self._pump()
+        self.answer()
 
     @contextlib.contextmanager
     def interrupting(self, token: str, emitter: Emitter) -> Iterator[None]:
@@ -103,7 +126,10 @@ class Orders:
 
         def look(number: int = 0, frame: FrameType | None = None) -> None:
             self._pump()
-            if token not in self._cancelled or emitter.defer(_raise_order_signal):
+            if not (self._taken_back or token in self._cancelled) or emitter.defer(_raise_order_signal):
+                return
+            self.answer()
+            if token not in self._cancelled:
                 return
             signal.signal(_ORDER_SIGNAL, signal.SIG_IGN)  # once: cleaning up must not be interrupted
             raise RunCancelled

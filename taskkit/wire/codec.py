@@ -14,6 +14,7 @@ from taskkit.wire.messages import (
     Created,
     Event,
     Finished,
+    GivenBack,
     Hello,
     Message,
     Progress,
@@ -24,7 +25,7 @@ from taskkit.wire.messages import (
 _M = TypeVar("_M")
 
 _KINDS: Final[dict[int, type[RunnerMessage]]] = {
-    FRAME_KINDS[cls]: cls for cls in (Hello, Started, Event, Progress, Finished, Created)
+    FRAME_KINDS[cls]: cls for cls in (Hello, Started, Event, Progress, Finished, Created, GivenBack)
 }
 
 

@@ -166,7 +166,13 @@ class Retire(Message, frozen=True):
     """Finish what is open, then leave with exit code 0."""
 
 
-Order = Start | Cancel | Create | Retire
+class TakeBack(Message, frozen=True):
+    """Give back the attempts with these tokens, if they have not begun; answered by `GivenBack` for each."""
+
+    tokens: list[str]
+
+
+Order = Start | Cancel | Create | Retire | TakeBack
 
 
 # --- runner → gateway (frames on the events pipe) -------------------------------------------------------------
@@ -234,10 +240,24 @@ class Created(Message, frozen=True):
     failure: TaskFailure | None = None
 
 
-RunnerMessage = Hello | Started | Event | Progress | Finished | Created
+class GivenBack(Message, frozen=True):
+    """The attempt will not begin here; nothing of it has happened."""
+
+    token: str
+
+
+RunnerMessage = Hello | Started | Event | Progress | Finished | Created | GivenBack
 
 #: Kind byte of each message on the events pipe; for ever.
-FRAME_KINDS: dict[type[Message], int] = {Hello: 1, Started: 2, Event: 3, Progress: 4, Finished: 5, Created: 6}
+FRAME_KINDS: dict[type[Message], int] = {
+    Hello: 1,
+    Started: 2,
+    Event: 3,
+    Progress: 4,
+    Finished: 5,
+    Created: 6,
+    GivenBack: 7,
+}
 
 
 # --- supervisor ↔ zygote --------------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 One session per runner, in the gateway. It knows the attempts that were ordered (`expect`), and judges each frame:
 
-    NEW ──Hello──► OPEN ──(Started, Event*, Finished per attempt)──► OPEN ──close──► CLOSED
+    NEW ──Hello──► OPEN ──(Started, Event*, Finished, or GivenBack, per attempt)──► OPEN ──close──► CLOSED
 
 Frames already stored are duplicates after a takeover; frames for an attempt that is not open here are strays
 (fenced). Both are consumed, counted and not stored. Anything else out of order breaks the protocol.
@@ -13,7 +13,7 @@ from __future__ import annotations
 import enum
 
 from taskkit.errors import UnexpectedMessage
-from taskkit.wire.messages import Created, Event, Finished, Hello, Progress, RunnerMessage, Started
+from taskkit.wire.messages import Created, Event, Finished, GivenBack, Hello, Progress, RunnerMessage, Started
 
 
 class SessionState(enum.Enum):
@@ -112,6 +112,11 @@ class RunnerSession:
             if attempt is AttemptState.STARTED:
                 raise UnexpectedMessage("Started twice for one attempt")
             self.attempts[message.token] = AttemptState.STARTED
+            return Judgement.STORE
+        if isinstance(message, GivenBack):
+            if attempt is AttemptState.STARTED:
+                raise UnexpectedMessage("an attempt that has begun is given back")
+            del self.attempts[message.token]
             return Judgement.STORE
         if attempt is AttemptState.ORDERED:
             raise UnexpectedMessage(f"{name} before Started")

@@ -64,6 +64,7 @@ PURE = (
     "gateway.output",
     "gateway.book",
     "gateway.breaker",
+    "gateway.pace",
     "gateway.untold",
     "gateway.casualties",
     "gateway.ordering",
