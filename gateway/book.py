@@ -326,11 +326,11 @@ class Book:
         if self.draining:
             return
         self.queues.wake(self.moment)
+        self._take_back()
         for pool in pools_of(self._limits, self.queues, now, self.casualties.trials(self.moment)):
             while self._claim_alone(pool, now) or self._claim_one(pool, now):
                 pass
             self._claim_ahead(pool, now)
-        self._take_back()
 
     def _claim_one(self, pool: str, now: float) -> bool:
         chosen = choose(self._seats(pool), self._limits[pool])

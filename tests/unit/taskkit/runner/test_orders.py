@@ -21,7 +21,7 @@ from taskkit.runner.emitter import Emitter
 from taskkit.runner.orders import Orders
 from taskkit.wire.codec import pack
 from taskkit.wire.framing import read_frames
-from taskkit.wire.messages import Cancel, Create, Order, Retire, Start, Started, Submit
+from taskkit.wire.messages import Cancel, Create, Order, Retire, Start, Started, Submit, TakeBack
 
 
 class Desk:
@@ -30,7 +30,8 @@ class Desk:
     def __init__(self) -> None:
         self.near, far = linux.seqpacket_pair()
         self.far = far
-        self.orders = Orders(far)
+        self.given_back: list[str] = []
+        self.orders = Orders(far, self.given_back.append)
 
     def give(self, *orders: Order) -> None:
         for order in orders:
@@ -201,7 +202,7 @@ def test_frames_stay_whole_when_cancellations_arrive_in_the_middle(
     interrupted = 0
     near, far = linux.seqpacket_pair()
     with near, far:
-        orders = Orders(far)
+        orders = Orders(far, lambda token: None)
         for number in range(1_000):
             token = f"t{number}"
             canceller = threading.Timer(
@@ -232,5 +233,39 @@ def test_frames_stay_whole_when_cancellations_arrive_in_the_middle(
 def test_the_socket_is_made_not_to_block() -> None:
     near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with near, far:
-        Orders(far)
+        Orders(far, lambda token: None)
         assert not far.getblocking()
+
+
+def _start(token: str) -> Start:
+    return Start(run="r", attempt=1, token=token, task="proj.echo")
+
+
+def test_what_has_not_begun_is_given_back_and_nothing_else(desk: Desk) -> None:
+    desk.give(_start("a"), _start("b"), _start("c"))
+    begun = desk.orders.next_nowait()
+    assert isinstance(begun, Start)
+    assert begun.token == "a"
+    desk.give(TakeBack(tokens=["a", "c", "unknown"]))
+    order = desk.orders.next_nowait()
+    assert isinstance(order, Start)
+    assert order.token == "b"
+    assert desk.given_back == ["c"]
+    desk.give(_start("c"))  # a new gateway repeats what the old one had ordered
+    assert desk.orders.next_nowait() is None
+
+
+def test_it_is_given_back_while_a_task_works(desk: Desk) -> None:
+    desk.give(_start("b"))
+    read, write = os.pipe()
+    directory = os.open("/tmp", os.O_RDONLY | os.O_DIRECTORY)
+    emitter = Emitter(write, 65536, directory)
+    with desk.orders.interrupting("a", emitter):
+        desk.give(TakeBack(tokens=["b"]))
+        deadline = time.monotonic() + 10
+        while not desk.given_back and time.monotonic() < deadline:
+            time.sleep(0.001)  # as a task that is busy in Python
+    for fd in (read, write, directory):
+        os.close(fd)
+    assert desk.given_back == ["b"]
+    assert desk.orders.next_nowait() is None

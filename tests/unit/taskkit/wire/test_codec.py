@@ -105,6 +105,7 @@ def test_frame_kinds_are_for_ever() -> None:
         "Progress": 4,
         "Finished": 5,
         "Created": 6,
+        "GivenBack": 7,
     }
     assert set(FRAME_KINDS) == set(UNIONS["RunnerMessage"])
 
