@@ -71,6 +71,7 @@ class CourierLink:
         self._numbers: dict[str, int] = {}  # number by run id, of those
         self._refilling = False
         self._look_at = 0.0
+        self._put_off = False
         self.links = 0
         self._asked: dict[str, tuple[trio.Event, list[Answer]]] = {}
 
@@ -156,9 +157,13 @@ class CourierLink:
     def tell(self) -> None:
         """Send the newest state of runs that Django does not know, as far as pace and window allow."""
         now = trio.current_time()
-        if not self.up or now < self._look_at or len(self._sent) >= _WINDOW:
+        if not self.up or len(self._sent) >= _WINDOW:
+            return
+        if now < self._look_at:
+            self._put_off = True
             return
         assert self._channel is not None
+        self._put_off = False
         self._look_at = now + _PACE
         clock = time.time()
         for no, run in self._engine.book.untold.items():
@@ -172,9 +177,9 @@ class CourierLink:
 
     def next_look(self) -> float | None:
         """Return the moment at which `tell` should be called without any other reason; None: there is none."""
-        if not self.up or len(self._sent) >= _WINDOW or len(self._sent) == len(self._engine.book.untold):
+        if not self.up or len(self._sent) >= _WINDOW:
             return None
-        return self._look_at
+        return self._look_at if self._put_off or len(self._sent) < len(self._engine.book.untold) else None
 
     def _told(self, message: Told) -> None:
         no = self._numbers.get(message.run)

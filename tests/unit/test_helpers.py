@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.server
 import os
 import subprocess
@@ -185,11 +186,20 @@ def test_a_group_left_out_is_said_and_needs_no_packages(
     monkeypatch.setattr(command, "install", lambda names: pytest.fail(f"{names} would be installed"))
     ran: list[tuple[str, list[str]]] = []
 
-    def run_pytest(group: str, arguments: list[str]) -> command.Outcome:
-        ran.append((group, arguments))
-        return command.Outcome(group, 3, int(group == "arch"), 0.5)
+    class Ran:
+        """A lot that has passed but for one group."""
 
-    monkeypatch.setattr(command, "run_pytest", run_pytest)
+        passed, late = 3, ("late one",)
+
+        def __init__(self, group: str, arguments: list[str], paths: object, *, beside: bool) -> None:
+            ran.append((group, arguments))
+            self.failed = int(group == "arch")
+
+        def finish(self) -> None: ...
+        def repeat(self) -> None: ...
+        def close(self) -> None: ...
+
+    monkeypatch.setattr(command, "Lot", Ran)
     left_out = [
         "--without",
         "e2e",
@@ -205,15 +215,42 @@ def test_a_group_left_out_is_said_and_needs_no_packages(
     assert "e2e          NOT RUN" in told
     assert "lint         NOT RUN" in told
     assert "12 passed, 1 failed" in told
+    assert "passed the second time only: late one" in told
+
+
+def test_what_fails_is_performed_once_more(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    mark = tmp_path / "mark"
+    (tmp_path / "test_it.py").write_text(
+        f"""
+import pathlib
+def test_late():
+    mark = pathlib.Path({str(mark)!r})
+    there = mark.exists()
+    mark.touch()
+    assert there
+def test_never(): assert False
+def test_at_once(): pass
+"""
+    )
+    lot = command.Lot("arch", [], [str(tmp_path / "test_it.py")])
+    try:
+        lot.finish()
+        assert (lot.passed, lot.failed) == (1, 2)
+        lot.repeat()
+        assert (lot.passed, lot.failed) == (2, 1)
+        assert {name.rpartition("::")[2] for name in lot.late} == {"test_late"}
+    finally:
+        lot.close()
+    capfd.readouterr()
 
 
 def test_a_group_beside_others_is_waited_for_and_printed(capsys: pytest.CaptureFixture[str]) -> None:
-    background = command.Background("arch", ["tests/unit/test_helpers.py", "-k", "apt_txt"])
+    lot = command.Lot("arch", ["-k", "apt_txt"], ["tests/unit/test_helpers.py"], beside=True)
     try:
-        outcome = background.finish()
+        lot.finish()
     finally:
-        background.close()
-    assert (outcome.group, outcome.passed, outcome.failed) == ("arch", 1, 0)
+        lot.close()
+    assert (lot.passed, lot.failed) == (1, 0)
     assert "1 passed" in capsys.readouterr().out
 
 
@@ -232,16 +269,17 @@ def test_a_group_side_by_side_is_added_up(
 ) -> None:
     monkeypatch.setattr(command, "deal", lambda folder, hands: [["tests/unit/test_helpers.py"]] * hands)
     monkeypatch.setitem(command.FOLDERS, "e2e", ("tests/unit",))
-    outcome = command.run_group("e2e", None, ["-k", "apt_txt"])
+    with contextlib.ExitStack() as lots:
+        (outcome,) = command.run_groups(["e2e"], ["-k", "apt_txt"], lots)
     assert (outcome.passed, outcome.failed) == (2, 0)
     assert capsys.readouterr().out.count("1 passed") == 2
 
 
 def test_a_group_beside_others_ends_with_them() -> None:
-    background = command.Background("unit", [])
-    background.close()
-    assert background._process.returncode is not None
-    assert not Path(background._folder.name).exists()
+    lot = command.Lot("unit", [], beside=True)
+    lot.close()
+    assert lot._process.returncode is not None
+    assert not Path(lot._folder.name).exists()
 
 
 def test_a_pytest_that_dies_without_a_report_is_a_failure(tmp_path: Path) -> None:
