@@ -73,13 +73,25 @@ def write(using: str, transitions: Sequence[Transition]) -> None:
       DatabaseError: the database does not take one of them, or is away.
     """
     connection = connections[using]
-    statement, prepare = _statement(using)
+    head, place, tail, prepare = _statement(using)
+    newest: dict[str, Transition] = {}
+    for transition in transitions:
+        known = newest.setdefault(transition.run, transition)
+        if known.version < transition.version:
+            newest[transition.run] = transition
+    rows = [prepare(transition) for transition in newest.values()]
     with connection.cursor() as cursor:
-        cursor.executemany(statement, [prepare(transition) for transition in transitions])
+        if connection.vendor == "sqlite":  # an old one takes 999 parameters
+            cursor.executemany(f"{head} {place} {tail}", rows)
+        else:
+            # Not executemany: psycopg makes a pipeline of it, and on the way out of one waits for a server that hangs.
+            statement = f"{head} {', '.join([place] * len(rows))} {tail}"
+            cursor.execute(statement, [value for row in rows for value in row])
 
 
 @cache
-def _statement(using: str) -> tuple[str, Callable[[Transition], list[Any]]]:
+def _statement(using: str) -> tuple[str, str, str, Callable[[Transition], list[Any]]]:
+    """Return the statement in front of its rows, one row, what is behind them; what makes a row of a transition."""
     connection = connections[using]
     quote = connection.ops.quote_name
     table = quote(Run._meta.db_table)
@@ -88,9 +100,10 @@ def _statement(using: str) -> tuple[str, Callable[[Transition], list[Any]]]:
     places = ", ".join(cast if name in _JSON else "%s" for name in names)
     changes = ", ".join(f"{quote(name)} = excluded.{quote(name)}" for name in _SET)
     columns = ", ".join(quote(name) for name in names)
-    statement = (
-        f"INSERT INTO {table} ({columns}) VALUES ({places}) ON CONFLICT ({quote('id')}) DO UPDATE "
-        f"SET {changes} WHERE {table}.{quote('version')} < excluded.{quote('version')}"
+    head = f"INSERT INTO {table} ({columns}) VALUES"
+    tail = (
+        f"ON CONFLICT ({quote('id')}) DO UPDATE SET {changes} "
+        f"WHERE {table}.{quote('version')} < excluded.{quote('version')}"
     )
     adapt = connection.ops.adapt_datetimefield_value
 
@@ -125,4 +138,4 @@ def _statement(using: str) -> tuple[str, Callable[[Transition], list[Any]]]:
             *also,
         ]
 
-    return statement, prepare
+    return head, f"({places})", tail, prepare
