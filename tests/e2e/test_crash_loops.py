@@ -250,12 +250,12 @@ def test_a_task_that_ignores_the_signal_of_its_cpu_limit_is_known_by_it_all_the_
 
 
 def test_an_operator_ends_a_runner_and_its_run_begins_again(tree: Tree) -> None:
-    run = tree.submit("proj.sleepy", seconds=3.0)["id"]
+    run = tree.submit("proj.sleepy", seconds=8.0)["id"]  # longer than a command takes on a busy machine
     eventually(lambda: running_in(tree, run), 10)
     runner = tree.snapshot(run)["attempts"][0]["runner"]
     done = bulkhead(tree, "runners", "--kill", runner)
     assert done.returncode == 0, done.stderr
-    snapshot = tree.wait(run, 20)
+    snapshot = tree.wait(run, 40)
     assert endings(snapshot) == ["lost", "returned"]
     assert snapshot["attempts"][0]["cause"]["kind"] == "operator"
 

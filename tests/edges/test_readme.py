@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
+import importlib.util
 import json
 import os
 import re
@@ -309,6 +310,29 @@ def migrated(reader: Reader, text: str) -> None:
     assert "report of 2026" in reader.sh(text)
 
 
+def own_tasks(reader: Reader, text: str) -> None:
+    """Settings with that line: checked, and what they lead to."""
+    backport = [] if importlib.util.find_spec("django.tasks") else ["django_tasks"]
+    package = "django_tasks" if backport else "django.tasks"
+    reader.write("own.py", f"from mysite.settings import *\nINSTALLED_APPS += {backport!r}\n{text}")
+    reader.write(
+        "enqueue.py",
+        "import django; django.setup()\n"
+        "from taskkit.backend import BulkheadBackend\n"
+        f"from {package} import task_backends\n"
+        "assert isinstance(task_backends['default'], BulkheadBackend)\n"
+        "assert task_backends['default'].queues == {'default', 'mail'}\n",
+    )
+    told = reader.sh("DJANGO_SETTINGS_MODULE=own python manage.py check 2>&1 --settings own")
+    assert "'mail' has no pool of that name" in told
+    reader.sh("DJANGO_SETTINGS_MODULE=own python enqueue.py")
+
+
+def own_tests(reader: Reader, text: str) -> None:
+    reader.write("reports/tests.py", text)
+    assert "Ran 2 tests" in reader.sh("python manage.py test reports 2>&1")
+
+
 WAYS: dict[str, Callable[[Reader, str], None]] = {
     "bulkhead demo": two_commands,
     '"BIND": "127.0.0.1:8888"': settings,
@@ -323,6 +347,8 @@ WAYS: dict[str, Callable[[Reader, str], None]] = {
     "client = get_client(": program,
     "# reports/models.py": model,
     "makemigrations reports": migrated,
+    "taskkit.backend.BulkheadBackend": own_tasks,
+    "# reports/tests.py": own_tests,
 }
 
 
