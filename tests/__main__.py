@@ -184,26 +184,28 @@ def run_lint() -> Outcome:
 
 
 def count(report: Path, code: int, selective: bool) -> tuple[int, int]:
-    """Return (passed, failed) of a JUnit report; a pytest that complains counts as one failure at least."""
-    passed = failed = 0
-    if report.exists():
-        for suite in ElementTree.parse(report).getroot().iter("testsuite"):
-            bad = sum(int(suite.get(name, "0")) for name in ("failures", "errors", "skipped"))
-            failed += bad
-            passed += max(0, int(suite.get("tests", "0")) - bad)
+    """Return (passed, failed) of a JUnit report; a pytest that complains counts as one failure at least.
+
+    A skipped test has failed. One that fails in its call and in its teardown is one test, though pytest counts two.
+    """
+    passed, failed = len(cases(report)), len(cases(report, "failure", "error", "skipped"))
     accepted = (0, NO_TESTS_COLLECTED) if selective else (0,)
-    return passed, max(failed, code not in accepted)
+    return passed - failed, max(failed, code not in accepted)
 
 
 def failures(report: Path) -> set[str]:
     """Return the names of the tests that have failed by a JUnit report."""
+    return cases(report, "failure", "error")
+
+
+def cases(report: Path, *outcomes: str) -> set[str]:
+    """Return the names of a JUnit report's tests: those with one of these outcomes, or all."""
     if not report.exists():
         return set()
-    cases = ElementTree.parse(report).getroot().iter("testcase")
     return {
         f"{case.get('classname')}::{case.get('name')}"
-        for case in cases
-        if case.find("failure") is not None or case.find("error") is not None
+        for case in ElementTree.parse(report).getroot().iter("testcase")
+        if not outcomes or any(case.find(outcome) is not None for outcome in outcomes)
     }
 
 

@@ -122,12 +122,12 @@ def run(
     )
 
     def ready(status: Status) -> None:
-        if config.ready_fd is not None:
-            detach.say_ready(config.ready_fd)
         if json:
             print_json(plain(status))
         elif not quiet:
             _say(_greeting(status, flags_of(project, state_dir)))
+        if config.ready_fd is not None:  # last: whoever waits for it reads the greeting in the log
+            detach.say_ready(config.ready_fd)
 
     def stopping(_: str) -> None:
         if not (quiet or json):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import signal
@@ -10,7 +11,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -55,7 +55,7 @@ class LiveTree:
         )
 
 
-@contextmanager
+@contextlib.contextmanager
 def live_tree(*, runners: int = 2, environment: Mapping[str, str] | None = None) -> Iterator[LiveTree]:
     """Run supervisor, gateway and runners on the databases of this test until the block is left.
 
@@ -120,8 +120,8 @@ def _start(state_dir: Path, runners: int, environment: dict[str, str]) -> tuple[
         *("--state-dir", str(state_dir), "--runners", str(runners), "--ready-fd", str(writer)),
     ]
     path = os.pathsep.join([str(state_dir), *(entry or os.getcwd() for entry in sys.path)])
-    try:
-        with log.open("wb") as output:
+    with os.fdopen(ready, "rb", buffering=0), contextlib.ExitStack() as undo:
+        with os.fdopen(writer, "wb"), log.open("wb") as output:
             process = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
@@ -131,20 +131,16 @@ def _start(state_dir: Path, runners: int, environment: dict[str, str]) -> tuple[
                 env={**os.environ, **environment, "PYTHONPATH": path},
                 start_new_session=True,
             )
-        os.close(writer)
-        writer = -1
+        undo.callback(_stop, process)
         poll = select.poll()
         poll.register(ready, select.POLLIN)
         said = os.read(ready, 1) if poll.poll(_READY * 1000) else b""
-    finally:
-        os.close(ready)
-        if writer >= 0:
-            os.close(writer)
-    words = log.read_text(errors="replace")
-    if not said:
-        _stop(process)
-        raise RuntimeError(f"the tree was not ready within {_READY:.0f} s:\n{words[-4000:]}")
-    return process, next(word for word in words.split() if word.startswith("http://"))
+        words = log.read_text(errors="replace")
+        url = next((word for word in words.split() if word.startswith("http://")), None)
+        if not said or url is None:
+            raise RuntimeError(f"the tree was not ready within {_READY:.0f} s:\n{words[-4000:]}")
+        undo.pop_all()
+    return process, url
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:

@@ -222,11 +222,15 @@ def test_what_fails_is_performed_once_more(tmp_path: Path, capfd: pytest.Capture
     mark = tmp_path / "mark"
     (tmp_path / "test_it.py").write_text(
         f"""
-import pathlib
-def test_late():
+import pathlib, pytest
+@pytest.fixture
+def there():
     mark = pathlib.Path({str(mark)!r})
     there = mark.exists()
     mark.touch()
+    yield there
+    assert there
+def test_late(there):
     assert there
 def test_never(): assert False
 def test_at_once(): pass
