@@ -26,9 +26,10 @@ from typing import Any
 from tests.bench import (
     crowd,
     deaths,
-    events,
     fanout,
     idle,
+    ingest,
+    latency,
     memory,
     queues,
     retention,
@@ -42,7 +43,7 @@ from tests.bench.registry import BENCHMARKS, Benchmark
 
 #: Importing a module registers its benchmarks.
 MODULES = (
-    *(start, events, retention, fanout, scale, subscribers, crowd, memory),
+    *(start, ingest, latency, retention, fanout, scale, subscribers, crowd, memory),
     *(queues, deaths, idle, together),
 )
 

@@ -17,9 +17,10 @@ from tests.bench import __main__ as command
 from tests.bench import (
     crowd,
     deaths,
-    events,
     fanout,
     idle,
+    ingest,
+    latency,
     queues,
     report,
     retention,
@@ -51,8 +52,12 @@ def test_start() -> None:
         assert part in names
 
 
-def test_events() -> None:
-    complete(events.measure(floods=1, flood_events=300, calm_events=20))
+def test_ingest() -> None:
+    complete(ingest.measure(rounds=1, seconds=0.3))
+
+
+def test_latency() -> None:
+    complete(latency.measure(rounds=1, events=50))
 
 
 async def test_retention() -> None:
@@ -113,7 +118,7 @@ def test_many_together() -> None:
 def test_every_benchmark_is_smoked_here() -> None:
     elsewhere = {"memory"}  # tests/edges/test_memory.py, which also judges it
     assert set(BENCHMARKS) == elsewhere | {
-        *("start", "events", "retention", "async", "speakers"),
+        *("start", "ingest", "latency", "retention", "async", "speakers"),
         *("fanout", "unpaced", "large", "growth", "resting", "joining", "crowd"),
         *("submit", "first", "fresh", "reuse", "deaths", "idle"),
     }

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 from tests.helpers import Tree, eventually
 
@@ -36,17 +37,25 @@ def await_idle(tree: Tree, count: int) -> None:
 
 
 @contextmanager
-def burning(tree: Tree) -> Iterator[None]:
-    """Have BURNS tasks burn while the block runs."""
-    runs = [tree.submit("demo.burn", seconds=BURN_SECONDS)["id"] for _ in range(BURNS)]
+def cancelled_at_end(tree: Tree, orders: Sequence[tuple[str, dict[str, Any]]]) -> Iterator[list[str]]:
+    """Have runs (task, arguments) at work while the block runs; give their ids."""
+    runs = [tree.submit(task, **arguments)["id"] for task, arguments in orders]
 
-    def all_burn() -> bool:
+    def all_run() -> bool:
         return all(tree.snapshot(run)["status"] == "RUNNING" for run in runs)
 
     try:
-        eventually(all_burn, 30.0, "burning tasks")
-        yield
+        eventually(all_run, 30.0, "runs at work")
+        yield runs
     finally:
         for run in runs:
             tree.http.post(f"/api/v1/runs/{run}/cancel", json={"grace": 0})
+        for run in runs:
             tree.wait(run, 30.0)
+
+
+@contextmanager
+def burning(tree: Tree) -> Iterator[None]:
+    """Have BURNS tasks burn while the block runs."""
+    with cancelled_at_end(tree, [("demo.burn", {"seconds": BURN_SECONDS})] * BURNS):
+        yield
