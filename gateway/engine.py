@@ -10,7 +10,6 @@ goes on by itself when the disk does.
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import math
 import time
@@ -482,19 +481,18 @@ class Engine:
 
     async def _publish(self, batch: Batch) -> None:
         for no, rows in _by_run(batch.events).items():
-            self.hub.publish(no, [await self._filled(row) for row in rows])
+            self.hub.publish(no, [row if row.blob is None else await self._filled(row) for row in rows])
         for no, lines in _by_run(batch.outputs).items():
             self.hub.publish_output(no, lines)
 
     async def _filled(self, row: EventRow) -> EventRow:
-        if row.blob is None:
-            return row
+        assert row.blob is not None
         try:
             data = await trio.to_thread.run_sync(read_blob, self._blobs, row.blob)
         except OSError as error:  # no descriptor is left, or the disk does not answer
             logger.error("event %d of run %d is left to the store: %s", row.offset, row.run, error)
             return row
-        return dataclasses.replace(row, data=data)
+        return row._replace(data=data)
 
     def _act(self, after: After) -> None:
         for no in after.accepted:

@@ -95,7 +95,7 @@ class RunnerPipes:
         frames: list[Frame] = []
         size = skipped
         try:
-            for frame in read_frames(memoryview(data)[skipped:], self._limit):
+            for frame in read_frames(data, self._limit, skipped):
                 frames.append(frame)
                 size += frame.size
         except RemoteWireError as error:

@@ -277,7 +277,7 @@ def _signed(entry: Entry, run: str) -> Entry:
     data = entry.row.data
     if entry.row.blob is None or b'"_run"' in data:
         return entry
-    return Entry(replace(entry.row, data=b'{"_run":"%s",%s' % (run.encode(), data.removeprefix(b"{"))))
+    return Entry(entry.row._replace(data=b'{"_run":"%s",%s' % (run.encode(), data.removeprefix(b"{"))))
 
 
 def stale(hub: Hub, cursor: Cursor) -> str | None:

@@ -62,7 +62,7 @@ class Plan:
         """Append an event; `data` is one line of JSON."""
         run.tail += 1
         self.batch.events.append(EventRow(self._next_pos, run.no, run.tail, attempt, type, data, now, blob))
-        self.batch.changed[run.no] = run
+        self.batch.spoken[run.no] = run
         self._next_pos += 1
 
     def say(self, run: RunRow, type: str, now: float, **data: Any) -> None:
@@ -99,7 +99,7 @@ class Plan:
             run.lines += 1
             told = (line.stream, line.text, now, line.level, line.logger)
             self.batch.outputs.append(OutputRow(run.no, run.lines, run.tail, number, *told))
-        self.batch.changed[run.no] = run
+        self.batch.spoken[run.no] = run
 
     # --- runs -----------------------------------------------------------------------------------------------
 

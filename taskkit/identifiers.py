@@ -25,6 +25,10 @@ _RESERVED_PREFIXES = ("run.", "stream.")
 #: The browser's EventSource dispatches its own `open`; an SSE event of that name fires the same listeners.
 _RESERVED_NAMES = frozenset({"open"})
 
+#: Names that were found sound, and how many of them are kept: a task uses few, and each of them often.
+_sound_names: set[str] = set()
+_MAX_SOUND_NAMES = 256
+
 
 def new_run_id() -> str:
     """Return a fresh UUIDv7 in its text form: 48 bits of Unix milliseconds, then random bits.
@@ -65,6 +69,8 @@ def check_event_name(name: str) -> str:
       ValueError: it is empty, too long, has CR, LF or NUL (they would end the SSE field and let a task forge
         events: WHATWG HTML §9.2.6), or is reserved for lifecycle events. The task's fault.
     """
+    if type(name) is str and name in _sound_names:
+        return name
     if not isinstance(name, str) or not name:
         raise ValueError(f"an event's name must be a non-empty string, not {name!r}")
     try:
@@ -77,4 +83,6 @@ def check_event_name(name: str) -> str:
         raise ValueError(f"an event's name must not contain CR, LF or NUL: {name!r}")
     if name.startswith(_RESERVED_PREFIXES) or name in _RESERVED_NAMES:
         raise ValueError(f"the event name {name!r} is reserved; choose another")
+    if type(name) is str and len(_sound_names) < _MAX_SOUND_NAMES:
+        _sound_names.add(name)
     return name

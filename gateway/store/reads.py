@@ -13,7 +13,6 @@ import os
 import sqlite3
 import stat
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
@@ -246,7 +245,7 @@ def filled(rows: Iterable[EventRow], blobs: Path, max_bytes: int) -> list[EventR
     chosen: list[EventRow] = []
     left = max_bytes
     for row in rows:
-        event = row if row.blob is None else replace(row, data=read_blob(blobs, row.blob))
+        event = row if row.blob is None else row._replace(data=read_blob(blobs, row.blob))
         left -= len(event.data)
         if chosen and left < 0:
             break

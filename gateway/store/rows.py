@@ -6,6 +6,7 @@ Pure data. JSON columns are bytes as they were rendered, once, by whoever made t
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from taskkit.lifecycle import RunStatus
 
@@ -85,6 +86,9 @@ class RunRow:
     result_expired: bool = False
 
 
+#: Those that change when a run has only spoken. None of them is in an index; of MUTABLE, several are.
+SPOKEN = ("tail", "lines", "progress")
+
 #: The columns of RunRow that a round may change; `told` has an operation of its own.
 MUTABLE = (
     "run_after",
@@ -127,9 +131,9 @@ class AttemptRow:
     failure: bytes | None = None
 
 
-@dataclass(slots=True, frozen=True)
-class EventRow:
-    """One event. `pos` counts all events of the store, `offset` those of its run, both from 1.
+class EventRow(NamedTuple):
+    """One event, a tuple as the store takes it. `pos` counts all events of the store, `offset` those of its run, both
+    from 1.
 
     `data` is one line of JSON; with `blob` it is empty and the file of that name in blobs/ holds the line.
     """
@@ -217,6 +221,7 @@ class Batch:
     Attributes:
       runs: new runs.
       changed: runs whose MUTABLE columns are written as they are at this moment.
+      spoken: runs of which only the columns of SPOKEN are written, if they are not among the others.
       attempts: new attempts (committed before `Start` leaves: attempt and assignment are one row).
       changed_attempts: attempts whose started_at, ended_at, ending, cause and failure are written.
       events, outputs: appended.
@@ -233,6 +238,7 @@ class Batch:
 
     runs: list[RunRow] = field(default_factory=list)
     changed: dict[int, RunRow] = field(default_factory=dict)
+    spoken: dict[int, RunRow] = field(default_factory=dict)
     attempts: list[AttemptRow] = field(default_factory=list)
     changed_attempts: list[AttemptRow] = field(default_factory=list)
     events: list[EventRow] = field(default_factory=list)
@@ -252,6 +258,7 @@ class Batch:
         return bool(
             self.runs
             or self.changed
+            or self.spoken
             or self.attempts
             or self.changed_attempts
             or self.events

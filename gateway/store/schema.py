@@ -17,7 +17,7 @@ from gateway.store.rows import AttemptRow, EventRow, KeyRow, OutputRow, Revocati
 
 RUN_COLUMNS: Final = tuple(field.name for field in fields(RunRow))
 ATTEMPT_COLUMNS: Final = tuple(field.name for field in fields(AttemptRow))
-EVENT_COLUMNS: Final = tuple(field.name for field in fields(EventRow))
+EVENT_COLUMNS: Final = EventRow._fields
 OUTPUT_COLUMNS: Final = tuple(field.name for field in fields(OutputRow))
 KEY_COLUMNS: Final = tuple(field.name for field in fields(KeyRow))
 TICKET_COLUMNS: Final = tuple(field.name for field in fields(TicketRow))

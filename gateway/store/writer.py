@@ -14,6 +14,7 @@ import os
 import sqlite3
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, Final
@@ -21,7 +22,7 @@ from typing import Any, Final
 from gateway.store import schema
 from gateway.store.removal import Removal, Removed
 from gateway.store.retention import ROW_BYTES, Slices, sizes
-from gateway.store.rows import MUTABLE, Batch, EventRow, OutputRow, RunRow
+from gateway.store.rows import MUTABLE, SPOKEN, Batch, EventRow, OutputRow, RunRow
 from gateway.store.schema import (
     ATTEMPT_COLUMNS,
     EVENT_COLUMNS,
@@ -62,8 +63,14 @@ GAP: Final = 1_000_000_000
 _ATTEMPT_MUTABLE: Final = ("started_at", "ended_at", "ending", "cause", "failure")
 
 
-def _insert(table: str, names: Sequence[str]) -> str:
-    return f"INSERT INTO {table} ({columns(names)}) VALUES ({', '.join('?' * len(names))})"
+#: Events that one statement appends, when there are so many. A statement costs SQLite a look at `sqlite_sequence`
+#: and the interpreter its lock, twice: with a busy loop beside it, each is a wait.
+_TOGETHER: Final = 32
+
+
+def _insert(table: str, names: Sequence[str], rows: int = 1) -> str:
+    row = f"({', '.join('?' * len(names))})"
+    return f"INSERT INTO {table} ({columns(names)}) VALUES {', '.join([row] * rows)}"
 
 
 def _update(table: str, names: Sequence[str], key: str) -> str:
@@ -72,10 +79,12 @@ def _update(table: str, names: Sequence[str], key: str) -> str:
 
 _INSERT_RUN: Final = _insert("run", RUN_COLUMNS)
 _UPDATE_RUN: Final = _update("run", MUTABLE, "no")
+_UPDATE_SPOKEN: Final = _update("run", SPOKEN, "no")
 _INSERT_TAG: Final = "INSERT OR IGNORE INTO tag (tag, run) VALUES (?, ?)"
 _INSERT_ATTEMPT: Final = _insert("attempt", ATTEMPT_COLUMNS)
 _UPDATE_ATTEMPT: Final = _update("attempt", _ATTEMPT_MUTABLE, "token")
 _INSERT_EVENT: Final = _insert("event", EVENT_COLUMNS)
+_INSERT_EVENTS: Final = _insert("event", EVENT_COLUMNS, _TOGETHER)
 _INSERT_OUTPUT: Final = _insert("output", OUTPUT_COLUMNS)
 _INSERT_KEY: Final = _insert("idempotency", KEY_COLUMNS)
 _INSERT_ENDING: Final = "INSERT INTO ending (run) VALUES (?)"
@@ -144,9 +153,22 @@ def _tag_values(run: RunRow) -> Iterator[tuple[str, int]]:
         yield tag.encode("utf-8", "replace").decode(), run.no
 
 
-def _event_values(event: EventRow) -> tuple[Any, ...]:
-    data = event.data if event.blob is None else b""  # the file has it
-    return (event.pos, event.run, event.offset, event.attempt, event.type, data, event.at, event.blob)
+def _stored(event: EventRow) -> EventRow:
+    return event if event.blob is None else event._replace(data=b"")  # the file has it
+
+
+def _joined(events: Sequence[EventRow]) -> Iterator[tuple[Any, ...]]:
+    """Yield the values of _TOGETHER events at a time."""
+    for first in range(0, len(events), _TOGETHER):
+        yield tuple(chain.from_iterable(map(_stored, events[first : first + _TOGETHER])))
+
+
+def _appends(events: Sequence[EventRow]) -> tuple[Step, Step]:
+    whole = len(events) - len(events) % _TOGETHER
+    return (
+        Step(_INSERT_EVENTS, _joined(events[:whole]) if whole else ()),
+        Step(_INSERT_EVENT, map(_stored, events[whole:]) if events[whole:] else ()),
+    )
 
 
 _attempt_values = attrgetter(*ATTEMPT_COLUMNS)
@@ -167,9 +189,15 @@ def prepare(batch: Batch) -> Prepared:
     # (run_open_row).
     new = {run.no for run in batch.runs}
     changed = [(*_run_values(run, MUTABLE), no) for no, run in batch.changed.items() if no not in new]
+    spoken = [
+        (*_run_values(run, SPOKEN), no)
+        for no, run in batch.spoken.items()
+        if no not in new and no not in batch.changed
+    ]
     events, outputs = batch.events.copy(), batch.outputs.copy()
     steps = (
         Step(_UPDATE_RUN, changed, len(changed)),
+        Step(_UPDATE_SPOKEN, spoken, len(spoken)),
         Step(_INSERT_RUN, [tuple(_run_values(run, RUN_COLUMNS)) for run in batch.runs]),
         Step(_INSERT_TAG, [values for run in batch.runs for values in _tag_values(run)]),
         Step(_INSERT_ATTEMPT, [_attempt_values(row) for row in batch.attempts]),
@@ -178,7 +206,7 @@ def prepare(batch: Batch) -> Prepared:
             [_attempt_changes(row) for row in batch.changed_attempts],
             len(batch.changed_attempts),
         ),
-        Step(_INSERT_EVENT, map(_event_values, events) if events else ()),
+        *_appends(events),
         Step(_INSERT_OUTPUT, map(_output_values, outputs) if outputs else ()),
         Step(_INSERT_ENDING, [(run,) for run in batch.ends]),
         Step(_UPSERT_SOURCE, list(batch.sources.items())),

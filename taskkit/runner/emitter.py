@@ -217,7 +217,8 @@ class Emitter:
     def _flush(self) -> None:
         # `list.extend(map(os.write, …))` runs in C from the system call to the list: an exception raised by a
         # signal handler cannot come between a write and the record of how much it wrote.
-        while len(rest := memoryview(self._frame)[sum(self._written) :]):
+        while (done := sum(self._written)) < len(self._frame):
+            rest = memoryview(self._frame)[done:] if done else self._frame
             self._written.extend(map(os.write, (self._fd,), (rest,)))
         self._frame = b""
         self._written = []

@@ -34,6 +34,11 @@ _KINDS: Final[dict[int, type[RunnerMessage]]] = {
 _DECODERS: Final = {kind: msgspec.msgpack.Decoder(cls) for kind, cls in _KINDS.items()}
 
 
+#: The hot path's encoder, for messages of nothing but text, bytes and numbers: the same bytes as of `msgpack`.
+_ENCODER: Final = msgspec.msgpack.Encoder()
+_FLAT: Final = frozenset({Event, Progress})
+
+
 def pack(message: Message) -> bytes:
     """Return `message` packed.
 
@@ -41,6 +46,8 @@ def pack(message: Message) -> bytes:
       LocalWireError: a value in it cannot be packed (an integer above 64 bits, too deep, no plain data).
     """
     try:
+        if type(message) in _FLAT:
+            return _ENCODER.encode(message)
         packed: bytes = msgpack.packb(msgspec.to_builtins(message, builtin_types=(bytes,)), use_bin_type=True)
     except (TypeError, ValueError, OverflowError, RecursionError) as error:
         raise LocalWireError(f"{type(message).__name__} cannot be packed: {error}") from error

@@ -19,8 +19,7 @@ from __future__ import annotations
 import struct
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 from taskkit.errors import CorruptFrame, FrameTooLarge, LocalWireError, VersionMismatch
 
@@ -28,6 +27,7 @@ MAGIC: Final = b"BH"
 VERSION: Final = 1
 _HEADER: Final = struct.Struct(">2sBBIQ")
 _CHECKSUM: Final = struct.Struct(">I")
+_WHOLE: Final = struct.Struct(">2sBBIQI")
 HEADER_SIZE: Final = _HEADER.size + _CHECKSUM.size  # 20
 
 #: Bytes of events pipe to ask for. 256 KiB buffers about half a second of a busy task across a gateway restart;
@@ -44,8 +44,7 @@ def max_frame(pipe_size: int) -> int:
     return min(pipe_size // 4, MAX_FRAME)
 
 
-@dataclass(frozen=True, slots=True)
-class Frame:
+class Frame(NamedTuple):
     """One frame as it came: `seq` counts from 1 per pipe, `body` is still packed."""
 
     kind: int
@@ -70,31 +69,20 @@ def pack_frame(kind: int, seq: int, body: bytes, limit: int = MAX_FRAME) -> byte
     return b"".join((head, _CHECKSUM.pack(zlib.crc32(body, zlib.crc32(head))), body))
 
 
-def _read_frame(data: memoryview, limit: int) -> Frame | None:
-    if len(data) < HEADER_SIZE:
-        if bytes(data[:2]) != MAGIC[: len(data)]:
-            raise CorruptFrame(f"expected a frame, found {bytes(data[:16])!r}")
-        return None
-    magic, version, kind, length, seq = _HEADER.unpack_from(data)
+def _refuse(found: tuple[bytes, int, int, int, int, int], start: bytes, limit: int) -> None:
+    """Raise what is wrong with a header, if anything is."""
+    magic, version, _, length, _, _ = found
     if magic != MAGIC:
-        raise CorruptFrame(f"expected a frame, found {bytes(data[:16])!r}")
+        raise CorruptFrame(f"expected a frame, found {start!r}")
     if version != VERSION:
         raise VersionMismatch(f"frame of version {version}, this side speaks {VERSION}")
-    end = HEADER_SIZE + length
-    if end > limit:
+    if HEADER_SIZE + length > limit:
         # Refused on the announcement: waiting for a body that cannot come would block the pipe for good.
-        raise FrameTooLarge(f"frame announces {end} bytes, {limit} are allowed")
-    if len(data) < end:
-        return None
-    body = bytes(data[HEADER_SIZE:end])
-    (checksum,) = _CHECKSUM.unpack_from(data, _HEADER.size)
-    if zlib.crc32(body, zlib.crc32(data[: _HEADER.size])) != checksum:
-        raise CorruptFrame(f"checksum of frame {seq} is wrong")
-    return Frame(kind, seq, body)
+        raise FrameTooLarge(f"frame announces {HEADER_SIZE + length} bytes, {limit} are allowed")
 
 
-def read_frames(data: bytes | memoryview, limit: int = MAX_FRAME) -> Iterator[Frame]:
-    """Yield the complete frames at the start of `data`, oldest first.
+def read_frames(data: bytes | memoryview, limit: int = MAX_FRAME, position: int = 0) -> Iterator[Frame]:
+    """Yield the complete frames in `data` from `position` on, oldest first.
 
     The caller adds up `Frame.size` to know how much to consume. A half frame at the end yields nothing: offer the
     bytes again when more have come.
@@ -102,13 +90,26 @@ def read_frames(data: bytes | memoryview, limit: int = MAX_FRAME) -> Iterator[Fr
     Raises:
       RemoteWireError: what follows the frames yielded so far is no frame. What was yielded stays valid.
     """
-    view = memoryview(data)
-    while view:
-        frame = _read_frame(view, limit)
-        if frame is None:
+    # By position, not by slicing what is left: that takes twice as long per frame.
+    whole = data if isinstance(data, bytes) else bytes(data)
+    end = len(whole)
+    room = limit - HEADER_SIZE
+    while (body := position + HEADER_SIZE) <= end:
+        found = _WHOLE.unpack_from(whole, position)
+        magic, version, kind, length, seq, checksum = found
+        if magic != MAGIC or version != VERSION or length > room:
+            _refuse(found, whole[position : position + 16], limit)
+        stop = body + length
+        if stop > end:
             return
-        yield frame
-        view = view[frame.size :]
+        packed = whole[body:stop]
+        if zlib.crc32(packed, zlib.crc32(whole[position : position + _HEADER.size])) != checksum:
+            raise CorruptFrame(f"checksum of frame {seq} is wrong")
+        yield Frame(kind, seq, packed)
+        position = stop
+    rest = whole[position:end]
+    if rest[:2] != MAGIC[: len(rest)]:
+        raise CorruptFrame(f"expected a frame, found {rest[:16]!r}")
 
 
 def find_resync(data: bytes | memoryview, stored_seq: int, limit: int = MAX_FRAME) -> int | None:
@@ -118,12 +119,11 @@ def find_resync(data: bytes | memoryview, stored_seq: int, limit: int = MAX_FRAM
     head of the pipe. Only a frame with a valid checksum counts, so that event data which looks like a header is
     passed over.
     """
-    view = memoryview(data)
-    whole = bytes(view)
+    whole = bytes(data)
     position = whole.find(MAGIC)
     while position != -1:
         try:
-            frame = _read_frame(view[position:], limit)
+            frame = next(read_frames(whole, limit, position), None)
         except (CorruptFrame, FrameTooLarge, VersionMismatch):
             frame = None
         if frame is not None and frame.seq <= stored_seq + 1:

@@ -11,6 +11,7 @@ Frames already stored are duplicates after a takeover; frames for an attempt tha
 from __future__ import annotations
 
 import enum
+from typing import Final
 
 from taskkit.errors import UnexpectedMessage
 from taskkit.wire.messages import Created, Event, Finished, GivenBack, Hello, Progress, RunnerMessage, Started
@@ -42,6 +43,12 @@ class Judgement(enum.Enum):
     DUPLICATE = enum.auto()
     #: it belongs to no attempt that is open here
     STRAY = enum.auto()
+
+
+#: By names of their own: a look at an enumeration's class takes 40 ns in Python 3.11.
+_OPEN: Final = SessionState.OPEN
+_STARTED: Final = AttemptState.STARTED
+_STORE: Final = Judgement.STORE
 
 
 class RunnerSession:
@@ -77,6 +84,14 @@ class RunnerSession:
           UnexpectedMessage: the number leaves a hole, or the message does not fit the state. The runner's fault;
             the session is closed.
         """
+        if (
+            type(message) is Event  # most of all frames, and judged in one look
+            and seq == self.seq + 1
+            and self.state is _OPEN
+            and self.attempts.get(message.token) is _STARTED
+        ):
+            self.seq = seq
+            return _STORE
         if self.state is SessionState.CLOSED:
             raise UnexpectedMessage(f"frame {seq} after the end")
         if seq <= self.seq:

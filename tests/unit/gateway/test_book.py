@@ -15,7 +15,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from gateway.book import Book
 from gateway.output import Line
 from gateway.state import After
-from gateway.store.rows import AttemptRow, Batch, EventRow, KeyRow, Opened, QuarantinedRow, RunRow
+from gateway.store.rows import SPOKEN, AttemptRow, Batch, EventRow, KeyRow, Opened, QuarantinedRow, RunRow
 from gateway.submission import Submission
 from taskkit.errors import LifecycleError, UnexpectedMessage
 from taskkit.identifiers import new_run_id
@@ -130,6 +130,10 @@ class ModelStore:
             ):
                 assert run.version > before.version or run in batch.runs
             self.runs[no] = dataclasses.replace(run, told=before.told)
+        for no, run in batch.spoken.items():
+            assert no not in self.ended or no in batch.ends, "an ended run never speaks"
+            heard = {name: getattr(run, name) for name in SPOKEN}
+            self.runs[no] = dataclasses.replace(self.runs[no], **heard)
         for no in batch.ends:
             assert no not in self.ended, "a run ends once"
             assert no in batch.changed

@@ -73,6 +73,36 @@ def test_a_second_end_of_a_run_is_refused_whole(writer: Writer) -> None:
     assert _content(writer) == before
 
 
+@pytest.mark.parametrize("count", [1, 31, 32, 33, 64, 100])
+def test_events_are_stored_as_they_are_however_many_come(writer: Writer, path: Path, count: int) -> None:
+    row = samples.run(1)
+    blobs = {3: samples.BLOB, 40: samples.BLOB}
+    told = [samples.event(n, 1, n, b'{"n":%d}' % n, blobs.get(n)) for n in range(1, count + 1)]
+    row.tail = count
+    write(writer, runs=[row], events=told)
+    stored = [tuple(event) if event.blob is None else tuple(event._replace(data=b"")) for event in told]
+    assert _content(writer)["event"] == stored
+
+
+def test_an_event_in_the_middle_that_was_stored_before_undoes_the_batch(writer: Writer) -> None:
+    write(writer, runs=[samples.run(1)], events=[samples.event(1, 1, 50)])
+    before = _content(writer)
+    with pytest.raises(sqlite3.IntegrityError):
+        write(writer, events=[samples.event(1 + n, 1, n) for n in range(1, 80)])
+    assert _content(writer) == before
+
+
+def test_a_run_that_only_speaks_keeps_what_else_is_stored_of_it(writer: Writer) -> None:
+    row = samples.run(1)
+    write(writer, runs=[row])
+    row.tail, row.lines, row.progress, row.version = 3, 2, b"{}", 9
+    write(writer, spoken={1: row})
+    found = writer.connection.execute("SELECT tail, lines, progress, version FROM run").fetchall()
+    assert found == [(3, 2, b"{}", 1)]
+    write(writer, spoken={1: row}, changed={1: row})
+    assert writer.connection.execute("SELECT version FROM run").fetchall() == [(9,)]
+
+
 @pytest.mark.parametrize(
     "bad",
     [

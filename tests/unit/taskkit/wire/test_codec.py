@@ -16,7 +16,17 @@ from hypothesis import strategies as st
 from taskkit.errors import LocalWireError, RemoteWireError, UnexpectedMessage
 from taskkit.wire import codec, messages
 from taskkit.wire.framing import Frame, read_frames
-from taskkit.wire.messages import FRAME_KINDS, Event, Finished, Hello, Message, Start, Started, Submit
+from taskkit.wire.messages import (
+    FRAME_KINDS,
+    Event,
+    Finished,
+    Hello,
+    Message,
+    Progress,
+    Start,
+    Started,
+    Submit,
+)
 
 MESSAGES = sorted(Message.__subclasses__(), key=lambda cls: cls.__name__)
 UNIONS = {
@@ -117,6 +127,16 @@ def test_runner_messages_survive_their_frame(cls: type[Any]) -> None:
         (frame,) = read_frames(codec.pack_runner_frame(message, seq))
         assert frame.seq == seq
         assert codec.unpack_runner_frame(frame) == message
+
+    check()
+
+
+@pytest.mark.parametrize("cls", [Event, Progress], ids=lambda cls: cls.__name__)
+def test_the_hot_path_writes_the_bytes_of_msgpack(cls: type[Any]) -> None:
+    @given(instances_of(cls))
+    def check(message: Any) -> None:
+        plain = msgpack.packb(msgspec.to_builtins(message, builtin_types=(bytes,)), use_bin_type=True)
+        assert codec.pack(message) == plain
 
     check()
 

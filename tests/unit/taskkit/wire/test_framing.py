@@ -93,6 +93,11 @@ def test_any_bodies_at_any_cut(bodies: list[bytes], data: st.DataObject) -> None
     assert received([whole[:at], whole[at:]]) == frames
 
 
+def test_reading_begins_anywhere() -> None:
+    data, frames = stream_of(BODIES)
+    assert list(read_frames(b"rest of a frame" + data, position=15)) == frames
+
+
 def test_a_memoryview_is_as_good() -> None:
     data, frames = stream_of(BODIES)
     assert list(read_frames(memoryview(data))) == frames
