@@ -169,7 +169,7 @@ class TestEvents:
         events = [samples.event(1, 1, 1), samples.event(2, 1, 2, blob=BLOB), samples.event(3, 1, 3)]
         write(writer, events=events)
         found = reads.events(db, tmp_path, 1, 0, 100, 10_000)
-        assert found == [events[0], replace(events[1], data=b"y" * 500), events[2]]
+        assert found == [events[0], events[1]._replace(data=b"y" * 500), events[2]]
         assert self._read(db, tmp_path, max_bytes=506) == [1]
         assert self._read(db, tmp_path, max_bytes=507) == [1, 2]
         assert self._read(db, tmp_path, max_bytes=1, after=1) == [2]

@@ -11,7 +11,6 @@ import subprocess
 import sys
 import threading
 from collections.abc import AsyncIterator
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -112,7 +111,7 @@ async def test_the_data_of_a_blob_is_filled_in(store: SqliteStore) -> None:
     (store.blobs / samples.BLOB).write_bytes(b'{"large":true}')
     event = samples.event(1, 1, 1, b"", samples.BLOB)
     await store.commit(Batch(events=[event]))
-    assert await store.events(1, 0, 10, 1000) == [replace(event, data=b'{"large":true}')]
+    assert await store.events(1, 0, 10, 1000) == [event._replace(data=b'{"large":true}')]
 
 
 async def test_an_empty_batch_writes_nothing(store: SqliteStore) -> None:
