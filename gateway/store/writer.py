@@ -64,7 +64,8 @@ _ATTEMPT_MUTABLE: Final = ("started_at", "ended_at", "ending", "cause", "failure
 
 
 #: Events that one statement appends, when there are so many. A statement costs SQLite a look at `sqlite_sequence`
-#: and the interpreter its lock, twice: with a busy loop beside it, each is a wait.
+#: and the interpreter its lock, twice: with a busy loop beside it, each is a wait. Measured per event, in commits of
+#: 1,000: one by one 5.3 to 11 µs, 32 together 5.0 to 8.8; 8, 64 and 128 were not told apart from that.
 _TOGETHER: Final = 32
 
 
