@@ -467,7 +467,8 @@ class Book:
         if judgement is Judgement.DUPLICATE:
             return
         # A stray's number counts as well: after a takeover the next frame must not look like a hole.
-        self._sources[runner.spec.id] = self.batch.sources[runner.spec.id] = seq
+        id = runner.spec.id
+        self._sources[id] = self._plan.batch.sources[id] = seq
         if judgement is Judgement.STRAY:
             return
         if isinstance(message, Event):
@@ -490,9 +491,8 @@ class Book:
 
     def _event(self, token: str, type: str, data: bytes, now: float, blob: str | None = None) -> OpenAttempt:
         attempt = self.attempts[token]
-        if (
-            b"\n" in data or b"\r" in data
-        ):  # JSON of ours has none; with one, a task could forge events of a stream
+        # JSON of ours has no line break; with one, a task could forge events of a stream.
+        if b"\n" in data or b"\r" in data:
             raise UnexpectedMessage("an event's data has a line break")
         self._plan.append(attempt.run, attempt.row.number, type, data, now, blob)
         return attempt

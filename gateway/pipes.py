@@ -121,26 +121,23 @@ class Pipes:
         if runner.corrupt:
             return 0, 0
         frames, size, broken = pipes.peek(self._scratch, runner.session.seq)
-        for frame in frames:
-            error = self._frame(runner, pipes, frame)
-            if error is not None:
-                broken = error
-                break
+        try:
+            self._take_frames(runner, pipes, frames)
+        except RemoteWireError as error:
+            broken = error
         if broken is not None:
             self._book.runner_corrupt(runner.spec.id, broken)
         return len(frames), size
 
-    def _frame(self, runner: RunnerState, pipes: RunnerPipes, frame: Frame) -> RemoteWireError | None:
-        try:
+    def _take_frames(self, runner: RunnerState, pipes: RunnerPipes, frames: list[Frame]) -> None:
+        now = time.time()
+        for frame in frames:
             message = unpack_runner_frame(frame)
             if isinstance(message, Finished):
                 # Its output is in the pipe already: the runner writes the end marker before this frame.
                 self._look_at_output(pipes)
                 pipes.parser.forget(message.token)
-            self._book.frame(runner, frame.seq, message, time.time())
-        except RemoteWireError as error:
-            return error
-        return None
+            self._book.frame(runner, frame.seq, message, now)
 
     def _look_at_output(self, pipes: RunnerPipes) -> bool:
         """Take in what was printed; return whether there was any."""

@@ -14,18 +14,17 @@ import os
 import sqlite3
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, Final
 
 from gateway.store import schema
+from gateway.store.events import insert_events
 from gateway.store.removal import Removal, Removed
 from gateway.store.retention import ROW_BYTES, Slices, sizes
 from gateway.store.rows import MUTABLE, SPOKEN, Batch, EventRow, OutputRow, RunRow
 from gateway.store.schema import (
     ATTEMPT_COLUMNS,
-    EVENT_COLUMNS,
     KEY_COLUMNS,
     OUTPUT_COLUMNS,
     REVOCATION_COLUMNS,
@@ -63,15 +62,8 @@ GAP: Final = 1_000_000_000
 _ATTEMPT_MUTABLE: Final = ("started_at", "ended_at", "ending", "cause", "failure")
 
 
-#: Events that one statement appends, when there are so many. A statement costs SQLite a look at `sqlite_sequence`
-#: and the interpreter its lock, twice: with a busy loop beside it, each is a wait. Measured per event, in commits of
-#: 1,000: one by one 5.3 to 11 µs, 32 together 5.0 to 8.8; 8, 64 and 128 were not told apart from that.
-_TOGETHER: Final = 32
-
-
-def _insert(table: str, names: Sequence[str], rows: int = 1) -> str:
-    row = f"({', '.join('?' * len(names))})"
-    return f"INSERT INTO {table} ({columns(names)}) VALUES {', '.join([row] * rows)}"
+def _insert(table: str, names: Sequence[str]) -> str:
+    return f"INSERT INTO {table} ({columns(names)}) VALUES ({', '.join('?' * len(names))})"
 
 
 def _update(table: str, names: Sequence[str], key: str) -> str:
@@ -84,8 +76,6 @@ _UPDATE_SPOKEN: Final = _update("run", SPOKEN, "no")
 _INSERT_TAG: Final = "INSERT OR IGNORE INTO tag (tag, run) VALUES (?, ?)"
 _INSERT_ATTEMPT: Final = _insert("attempt", ATTEMPT_COLUMNS)
 _UPDATE_ATTEMPT: Final = _update("attempt", _ATTEMPT_MUTABLE, "token")
-_INSERT_EVENT: Final = _insert("event", EVENT_COLUMNS)
-_INSERT_EVENTS: Final = _insert("event", EVENT_COLUMNS, _TOGETHER)
 _INSERT_OUTPUT: Final = _insert("output", OUTPUT_COLUMNS)
 _INSERT_KEY: Final = _insert("idempotency", KEY_COLUMNS)
 _INSERT_ENDING: Final = "INSERT INTO ending (run) VALUES (?)"
@@ -154,24 +144,6 @@ def _tag_values(run: RunRow) -> Iterator[tuple[str, int]]:
         yield tag.encode("utf-8", "replace").decode(), run.no
 
 
-def _stored(event: EventRow) -> EventRow:
-    return event if event.blob is None else event._replace(data=b"")  # the file has it
-
-
-def _joined(events: Sequence[EventRow]) -> Iterator[tuple[Any, ...]]:
-    """Yield the values of _TOGETHER events at a time."""
-    for first in range(0, len(events), _TOGETHER):
-        yield tuple(chain.from_iterable(map(_stored, events[first : first + _TOGETHER])))
-
-
-def _appends(events: Sequence[EventRow]) -> tuple[Step, Step]:
-    whole = len(events) - len(events) % _TOGETHER
-    return (
-        Step(_INSERT_EVENTS, _joined(events[:whole]) if whole else ()),
-        Step(_INSERT_EVENT, map(_stored, events[whole:]) if events[whole:] else ()),
-    )
-
-
 _attempt_values = attrgetter(*ATTEMPT_COLUMNS)
 _attempt_changes = attrgetter(*_ATTEMPT_MUTABLE, "token")
 _output_values = attrgetter(*OUTPUT_COLUMNS)
@@ -183,8 +155,8 @@ _revocation_values = attrgetter(*REVOCATION_COLUMNS)
 def prepare(batch: Batch) -> Prepared:
     """Return what `batch` holds at this moment, as statements in their order.
 
-    Rows that may change later (runs, attempts) are read here; events, outputs and keys are frozen and become
-    values in the writing thread, so that 500 of them take the caller 20 µs (measured), not 70.
+    Rows that may change later (runs, attempts) are read here; events, outputs and keys are frozen, and what there is to
+    be done with many of them is done in the writing thread.
     """
     # Changes come before new runs: a row's old run must have ended before its next one is inserted
     # (run_open_row).
@@ -207,7 +179,6 @@ def prepare(batch: Batch) -> Prepared:
             [_attempt_changes(row) for row in batch.changed_attempts],
             len(batch.changed_attempts),
         ),
-        *_appends(events),
         Step(_INSERT_OUTPUT, map(_output_values, outputs) if outputs else ()),
         Step(_INSERT_ENDING, [(run,) for run in batch.ends]),
         Step(_UPSERT_SOURCE, list(batch.sources.items())),
@@ -396,6 +367,7 @@ class Writer:
         with self._transaction():
             for step in prepared.steps:
                 self._take(step)
+            insert_events(self.connection, prepared.events)
             failpoints.hit("store.commit")
         self.grown += prepared.size(self._blobs)
         return self.gauge.decide(self.wal_size())

@@ -15,7 +15,7 @@ from taskkit.errors import InvalidArguments, RunCancelled
 from taskkit.identifiers import check_event_name
 from taskkit.registry import TaskDefinition
 from taskkit.runner.announcing import Audience
-from taskkit.runner.encode import failure_of, render, render_event
+from taskkit.runner.encode import EventRenderer, failure_of, render
 from taskkit.wire.messages import Finished, Progress, RunnerSpec, Start
 
 if TYPE_CHECKING:
@@ -59,9 +59,10 @@ class Attempt:
         self._performance = _performance(definition, start, spec)
         self.audience = Audience(self, definition.func or definition.model, self._performance)
         self._metadata: dict[str, Any] = msgspec.json.decode(start.metadata)
-        self._extras: dict[str, Any] = {"_run": start.run, "_attempt": start.attempt}
+        extras: dict[str, Any] = {"_run": start.run, "_attempt": start.attempt}
         if start.row is not None:
-            self._extras |= {"_task_id": start.row.pk, "_app": start.row.app, "_model": start.row.model}
+            extras |= {"_task_id": start.row.pk, "_app": start.row.app, "_model": start.row.model}
+        self._renderer = EventRenderer(extras)
 
     @property
     def id(self) -> str:
@@ -94,7 +95,7 @@ class Attempt:
         self._emitter.send_progress(Progress(token=self.token, data=data))
 
     def _render(self, data: Any) -> bytes:
-        rendered = render_event(data, self._extras)
+        rendered = self._renderer.render(data)
         if len(rendered) > self._spec.event_limit:
             raise ValueError(
                 f"an event may have {self._spec.event_limit} bytes of JSON (LIMITS.event_bytes), "

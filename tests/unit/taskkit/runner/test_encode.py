@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from django.utils.functional import lazy
 
-from taskkit.runner.encode import class_path, failure_of, render, render_event
+from taskkit.runner.encode import EventRenderer, class_path, failure_of, render
 
 
 class Colour(enum.Enum):
@@ -115,18 +115,28 @@ def test_lone_surrogates_are_refused_by_name(value: Any) -> None:
 def test_an_event_is_the_tasks_object_plus_ours_and_the_task_keeps_its_own() -> None:
     data = {"step": 1, "nested": {"a": [1]}, "_run": "forged"}
     before = copy.deepcopy(data)
-    rendered = json.loads(render_event(data, {"_run": "r1", "_attempt": 2}))
+    rendered = json.loads(EventRenderer({"_run": "r1", "_attempt": 2}).render(data))
     assert data == before
     assert rendered["step"] == 1
     assert (rendered["_run"], rendered["_attempt"]) == ("r1", 2)
     assert dt.datetime.fromisoformat(rendered["_timestamp"]).tzinfo is not None
 
 
+@pytest.mark.parametrize("extras", [{}, {"_run": "é\n", "_task_id": {"a": [1]}}])
+@pytest.mark.parametrize(
+    "data", [{}, {"a": {"b": "}"}}, {1: 2.5}, {"_timestamp": 0}, {"a": 1, "_run": "forged"}]
+)
+def test_what_is_rendered_ahead_is_as_if_rendered_together(data: Any, extras: dict[str, Any]) -> None:
+    rendered = EventRenderer(extras).render(data)
+    stamp = json.loads(rendered)["_timestamp"]
+    assert rendered == render({**data, **extras, "_timestamp": stamp})
+
+
 @pytest.mark.parametrize(
     ("data", "expected"), [(None, {}), (5, {"value": 5}), ([1], {"value": [1]}), ("x", {"value": "x"})]
 )
 def test_what_is_no_object_becomes_one(data: Any, expected: dict[str, Any]) -> None:
-    rendered = json.loads(render_event(data, {}))
+    rendered = json.loads(EventRenderer({}).render(data))
     rendered.pop("_timestamp")
     assert rendered == expected
 
@@ -142,7 +152,7 @@ def test_any_mapping_is_an_object() -> None:
         def __len__(self) -> int:
             return 1
 
-    assert json.loads(render_event(Mine(), {}))["a"] == 1
+    assert json.loads(EventRenderer({}).render(Mine()))["a"] == 1
 
 
 def _caught(error: BaseException) -> BaseException:
