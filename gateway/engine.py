@@ -133,8 +133,7 @@ class Engine:
         self._blobs = blobs
         self._control = control
         self._requests: list[_Request] = []
-        self._pipes = Pipes(book, lines_per_second=settings.limits.output_lines_per_second, wake=self.wake)
-        self._wake = trio.Event()
+        self._pipes = Pipes(book, lines_per_second=settings.limits.output_lines_per_second)
         self._round_over = trio.Event()
         self._acceptance = Acceptance(self)
         self.courier = CourierLink(self)
@@ -153,7 +152,7 @@ class Engine:
 
     def wake(self) -> None:
         """Something is there for the next round."""
-        self._wake.set()
+        self._pipes.wake()
 
     async def decide(self, decide: Callable[[], Any]) -> Any:
         """Have `decide` called in the next round; return its result when that round is committed.
@@ -387,20 +386,12 @@ class Engine:
     async def run(self) -> None:
         """Make rounds until cancelled."""
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._watch_pipes)
             nursery.start_soon(self.attendance.run)
             while True:
+                # In one task, with one descriptor to wait for: a turn of the loop costs 25 µs.
                 with trio.move_on_after(self._patience()):
-                    await self._wake.wait()
-                self._wake = trio.Event()
+                    await self._pipes.wait()
                 await self._round()
-
-    async def _watch_pipes(self) -> None:
-        while True:
-            await self._pipes.wait()
-            over = self._round_over
-            self.wake()
-            await over.wait()
 
     def _patience(self) -> float:
         """Return seconds until something has to be looked at without being woken."""
@@ -441,7 +432,6 @@ class Engine:
         self._tell_notes()
         over, self._round_over = self._round_over, trio.Event()
         over.set()
-        await trio.lowlevel.checkpoint()
 
     def _tell_notes(self) -> None:
         notes = self.book.casualties.news()

@@ -146,13 +146,16 @@ class RunnerPipes:
 
 
 class Poller:
-    """Tells which pipes have something to read, in one wait for all.
+    """Tells which pipes have something to read, in one wait for all; a bell ends that wait as well.
 
     The epoll descriptor is readable itself when one of its members is, so one task can wait for it.
     """
 
     def __init__(self) -> None:
         self._epoll = select.epoll()
+        self._bell = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._rung = False
+        self._epoll.register(self._bell, select.EPOLLIN)
 
     def fileno(self) -> int:
         """Descriptor to wait for."""
@@ -168,10 +171,23 @@ class Poller:
         with contextlib.suppress(FileNotFoundError, OSError):
             self._epoll.unregister(fd)
 
+    def ring(self) -> None:
+        """Be readable until `ready` is called."""
+        if not self._rung:
+            self._rung = True
+            os.eventfd_write(self._bell, 1)
+
     def ready(self) -> set[int]:
-        """Return the descriptors that are readable now."""
-        return {fd for fd, _ in self._epoll.poll(0)}
+        """Return the descriptors that are readable now; the bell is silent again."""
+        found = {fd for fd, _ in self._epoll.poll(0)}
+        if self._rung:
+            self._rung = False
+            os.eventfd_read(self._bell)
+            found.discard(self._bell)
+        return found
 
     def close(self) -> None:
-        """Close the epoll descriptor."""
+        """Close the epoll descriptor and the bell; `ring` does nothing from here on."""
+        self._rung = True
         self._epoll.close()
+        os.close(self._bell)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
@@ -42,13 +41,11 @@ class Pipes:
 
     Args:
       lines_per_second: output lines kept per runner.
-      wake: asks for another round.
     """
 
-    def __init__(self, book: Book, *, lines_per_second: int, wake: Callable[[], None]) -> None:
+    def __init__(self, book: Book, *, lines_per_second: int) -> None:
         self._book = book
         self._lines_per_second = lines_per_second
-        self._wake = wake
         self._all: dict[str, RunnerPipes] = {}
         self._by_fd: dict[int, str] = {}
         self._resting: dict[str, _Rest] = {}
@@ -70,8 +67,12 @@ class Pipes:
             self._poller.watch(fd)
 
     async def wait(self) -> None:
-        """Return when some pipe has something to read, or has ended."""
+        """Return when some pipe has something to read or has ended, or `wake` was called since the last `look`."""
         await trio.lowlevel.wait_readable(self._poller.fileno())
+
+    def wake(self) -> None:
+        """End the wait: something else is there for the next round."""
+        self._poller.ring()
 
     def next_look(self) -> float | None:
         """Return when a resting pipe has to be looked at again, or an order has to be given again (trio time)."""
@@ -107,7 +108,7 @@ class Pipes:
             return 0
         if runner.exited is not None:
             if frames:
-                self._wake()  # there may be more than one round holds
+                self.wake()  # there may be more than one round holds
             else:
                 self._book.runner_drained(id, time.time())
         elif frames:

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from gateway.store import schema
 from gateway.store.events import insert_events
@@ -97,8 +97,7 @@ _UPSERT_REVOCATION: Final = (
 _UPDATE_TOLD: Final = "UPDATE run SET told = ? WHERE no = ? AND told < ?"
 
 
-@dataclass(frozen=True, slots=True)
-class Step:
+class Step(NamedTuple):
     """One statement and its rows; `hits` is how many rows it must change, None when that is open."""
 
     sql: str
@@ -110,7 +109,7 @@ class Step:
 class Prepared:
     """A batch as it was at one moment: its rows can go on changing while another thread writes this."""
 
-    steps: tuple[Step, ...]
+    steps: Sequence[Step]
     full: bool
     events: Sequence[EventRow] = ()
     outputs: Sequence[OutputRow] = ()
@@ -168,7 +167,7 @@ def prepare(batch: Batch) -> Prepared:
         if no not in new and no not in batch.changed
     ]
     events, outputs = batch.events.copy(), batch.outputs.copy()
-    steps = (
+    steps = [
         Step(_UPDATE_RUN, changed, len(changed)),
         Step(_UPDATE_SPOKEN, spoken, len(spoken)),
         Step(_INSERT_RUN, [tuple(_run_values(run, RUN_COLUMNS)) for run in batch.runs]),
@@ -189,8 +188,8 @@ def prepare(batch: Batch) -> Prepared:
         Step(_DELETE_BREAKER, [(task,) for task, record in batch.breakers.items() if not record]),
         Step(_INSERT_TICKET, [_ticket_values(row) for row in batch.tickets]),
         Step(_UPSERT_REVOCATION, [_revocation_values(row) for row in batch.revocations]),
-    )
-    return Prepared(tuple(step for step in steps if step.rows), batch.full, events, outputs)
+    ]
+    return Prepared([step for step in steps if step.rows], batch.full, events, outputs)
 
 
 class Checkpoint(enum.Enum):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import select
 from collections.abc import Iterator
 
 import pytest
@@ -265,3 +266,19 @@ def test_the_poller_tells_what_is_readable_and_rests(runner: HandRunner, pipes: 
         assert poller.ready() == {pipes.events}
     finally:
         poller.close()
+
+
+def test_a_bell_ends_the_wait_once_however_often_it_was_rung() -> None:
+    poller = Poller()
+    watch = select.poll()
+    watch.register(poller.fileno(), select.POLLIN)
+    assert watch.poll(0) == []
+    poller.ring()
+    poller.ring()
+    assert watch.poll(0)
+    assert poller.ready() == set(), "it is no pipe"
+    assert watch.poll(0) == []
+    poller.ring()
+    assert watch.poll(0)
+    poller.close()
+    poller.ring()  # whoever comes late does no harm
