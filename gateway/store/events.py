@@ -1,17 +1,17 @@
 """Inserts the events of a round.
 
-All costs are µs of CPU per event of 200 bytes, four runs, 952 events in a transaction, SQLite 3.40, two turns each; a
-checkpoint beside the writer adds 0.5 to every line.
+µs of CPU per event of 200 bytes: four runs, 952 events in a transaction, SQLite 3.40, two turns or four; checkpoints
+beside it add 0.5 to every line.
 
-    one row a statement, as a mapped dataclass      9.3 - 10.0
-    32 rows a statement                             6.3 -  6.6    8 rows: 6.5 - 6.9, 64 rows: 6.0 - 6.6
-    32 rows, the column `blob` left out             5.3 -  5.6    chosen
-    … without AUTOINCREMENT                         5.2 -  5.5    the position of a removed event is given out again
-    32 rows, WITHOUT ROWID, key (run, offset)       5.7 -  5.9    the file is 12 % larger
-    32 rows, pages of 8 KiB or 16 KiB               5.9 -  6.7
-    32 rows, a cache of 64 MiB                      6.4 -  6.6
-    32 rows, mmap_size of 1 GiB                     5.8 -  6.0    a file that is cut under it is a SIGBUS
-    32 rows, (run, offset) not unique               4.7 -  5.0    nothing would notice an offset used twice
+    one row a statement                             6.8 - 9.5
+    32 rows a statement                             6.0 - 6.1     8 rows: 6.3 - 7.1, 64 rows: 5.9 - 6.6
+    32 rows, the column `blob` left out             4.7 - 5.6     chosen
+    … without AUTOINCREMENT                         5.0 - 5.1     the position of a removed event is given out again
+    32 rows, WITHOUT ROWID, key (run, offset)       6.0 - 7.6     the file is 12 % larger
+    32 rows, pages of 8 KiB or 16 KiB               6.3 - 6.8
+    32 rows, a cache of 64 MiB                      6.2 - 6.7
+    32 rows, mmap_size of 1 GiB                     4.9 - 5.9     a file that is cut under it is a SIGBUS
+    32 rows, no index on (run, offset)              2.7 - 3.8     a stream could not be read on from its cursor
 
 So what counts is how often Python and SQLite change hands, the GIL with them, and hardly how the table is made.
 """
