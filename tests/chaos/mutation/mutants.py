@@ -43,8 +43,8 @@ MUTANTS: Final[Mapping[str, tuple[Change, ...]]] = {
     "no source row": (
         Change(
             "gateway.book",
-            "self._sources[runner.spec.id] = self.batch.sources[runner.spec.id] = seq",
-            "self._sources[runner.spec.id] = seq",
+            "self._sources[id] = self._plan.batch.sources[id] = seq",
+            "self._sources[id] = seq",
         ),
     ),
     # A frame that is stored already is stored again.
@@ -142,7 +142,7 @@ MUTANTS: Final[Mapping[str, tuple[Change, ...]]] = {
     "death as the end": (
         Change(
             "gateway.pipes",
-            "            if frames:\n                self._wake()  # there may be more than one round holds\n"
+            "            if frames:\n                self.wake()  # there may be more than one round holds\n"
             "            else:\n                self._book.runner_drained(id, time.time())\n",
             "            self._book.runner_drained(id, time.time())\n",
         ),
