@@ -23,6 +23,10 @@ from taskkit.wire.messages import Order, RunnerSpec
 #: Bytes looked at per runner and round, for fairness: a flooding task fills this much of each round and no more.
 PEEK_SIZE: Final = 64 * 1024
 
+#: The same beside a runner that has little to say: whoever speaks in between waits for the round under way and for its
+#: own, and both are a quarter as long.
+SMALL_PEEK_SIZE: Final = 16 * 1024
+
 #: Reads of one output pipe per round, each of at most a pipe's size.
 _OUTPUT_READS: Final = 4
 
@@ -81,9 +85,14 @@ class RunnerPipes:
         self._buffer = bytearray(self._reach)
         self.parser = OutputParser(lines_per_second)
 
-    def peek(self, scratch: Scratch, stored_seq: int) -> tuple[list[Frame], int, RemoteWireError | None]:
-        """Return (complete frames, bytes they take in the pipe, what breaks the protocol behind them)."""
-        data = scratch.copy(self.events, self._reach)
+    def peek(
+        self, scratch: Scratch, stored_seq: int, share: int = PEEK_SIZE
+    ) -> tuple[list[Frame], int, RemoteWireError | None]:
+        """Return (complete frames, bytes they take in the pipe, what breaks the protocol behind them).
+
+        They are looked for in the first `share` bytes; when these are part of one frame only, in all of a round's.
+        """
+        data = scratch.copy(self.events, self._reach if self._unsynced else share)
         skipped = 0
         if self._unsynced and data:
             position = find_resync(data, stored_seq, self._limit)
@@ -100,6 +109,8 @@ class RunnerPipes:
                 size += frame.size
         except RemoteWireError as error:
             return frames, size, error
+        if not frames and share <= len(data) < PEEK_SIZE:
+            return self.peek(scratch, stored_seq)
         return frames, size, None
 
     def consume(self, size: int) -> None:

@@ -30,6 +30,7 @@ from tests.bench import (
     together,
 )
 from tests.bench.figures import Figure, at_least, at_most, figure, ratio, table
+from tests.bench.pace import Pace, outside, watched
 from tests.bench.registry import BENCHMARKS
 from tests.bench.rounds import interleave
 from tests.helpers import ROOT
@@ -122,6 +123,19 @@ def test_every_benchmark_is_smoked_here() -> None:
         *("fanout", "unpaced", "large", "growth", "resting", "joining", "crowd"),
         *("submit", "first", "fresh", "reuse", "deaths", "idle"),
     }
+
+
+def test_what_was_late_while_the_machine_stood_still_is_told_apart() -> None:
+    probes = [(at / 100, 0.1e-3) for at in range(100)]
+    probes[50] = (0.5, 1e-3)
+    probes[51] = (0.51, 2e-3)
+    slow = Pace(probes).slow()
+    assert slow == [(pytest.approx(0.495), pytest.approx(0.532))]
+    samples = [(0.49, 1.0), (0.5, 2.0), (0.53, 3.0), (0.54, 4.0)]
+    assert outside(samples, slow) == [1.0, 4.0]
+    with watched() as pace:
+        pass
+    assert all(seconds > 0 for _, seconds in pace.probes)
 
 
 def test_percentiles_are_measured_values() -> None:

@@ -69,6 +69,19 @@ def test_taking_takes_exactly(runner: HandRunner, pipes: RunnerPipes, scratch: S
     assert [frame.seq for frame in pipes.peek(scratch, 1)[0]] == [2, 3]
 
 
+def test_a_small_share_shows_less_but_never_nothing(
+    runner: HandRunner, pipes: RunnerPipes, scratch: Scratch
+) -> None:
+    small, large = _frame(1, 500), _frame(3, 20_000)
+    runner.write(small + _frame(2, 500) + large)
+    frames, size, error = pipes.peek(scratch, 0, len(small) + 10)
+    assert ([frame.seq for frame in frames], size, error) == ([1], len(small), None)
+    pipes.consume(size)
+    pipes.consume(pipes.peek(scratch, 1, 1_000)[1])
+    frames, size, _ = pipes.peek(scratch, 2, 1_000)
+    assert ([frame.seq for frame in frames], size) == ([3], len(large)), "it is longer than its share"
+
+
 def test_an_empty_pipe_shows_nothing(pipes: RunnerPipes, scratch: Scratch) -> None:
     assert pipes.peek(scratch, 0) == ([], 0, None)
 

@@ -81,9 +81,31 @@ async def test_every_runner_gets_its_share_of_a_round(desk: Desk) -> None:
     assert _ticks(batch) == [b'{"n":1}']
     assert sum(event.type == "flood" for event in batch.events) < 40
     total = sum(event.type == "flood" for event in batch.events)
-    for _ in range(10):
+    for _ in range(20):
         total += sum(event.type == "flood" for event in desk.round().events)
     assert total == 100
+
+
+async def test_rounds_are_short_while_somebody_says_little(
+    desk: Desk, autojump_clock: trio.testing.MockClock
+) -> None:
+    loud, quiet = desk.runner("loud"), desk.runner("quiet")
+    tokens = {runner: desk.start(runner) for runner in (loud, quiet)}
+    await trio.sleep(1.0)  # what was said at their beginning was little, too
+    flood = [Event(token=tokens[loud], type="flood", data=b'"' + b"x" * 500 + b'"')] * 400
+
+    def taken() -> int:
+        return sum(event.type == "flood" for event in desk.round().events)
+
+    loud.say(*flood)
+    alone = taken()
+    quiet.tick(tokens[quiet], 1)
+    taken()
+    beside = taken()
+    assert alone > 100
+    assert 10 < beside < alone / 3
+    await trio.sleep(0.2)
+    assert taken() > beside, "nobody says anything any more"
 
 
 async def test_half_a_frame_rests_longer_and_longer_and_goes_on(
