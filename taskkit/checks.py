@@ -10,6 +10,8 @@ taskkit.E005  OPTIONS of the backend of TASKS have an unknown key (taskkit.backe
 taskkit.E006  the backend of TASKS names a database that does not exist (taskkit.backend)
 taskkit.W001  a path in TASKKIT is relative
 taskkit.W002  a queue of TASKS has no pool of its name (taskkit.backend)
+taskkit.W003  browsers have no URL of the gateway: URL is not set, and BIND or UDS is none
+taskkit.W004  the admin shows runs live by a script, but STATIC_URL is not set
 """
 
 from __future__ import annotations
@@ -18,13 +20,16 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from django.apps import apps
 from django.apps.config import AppConfig
+from django.conf import settings
 from django.core.checks import CheckMessage, Error, Warning, register
 from django.core.exceptions import ImproperlyConfigured
 from django.utils.module_loading import autodiscover_modules, import_string
 
 from taskkit.conf import TaskkitImproperlyConfigured, read_settings
 from taskkit.errors import TaskkitError
+from taskkit.settings import hidden_from_browsers, load_settings
 
 
 @register("taskkit")
@@ -34,7 +39,7 @@ def check_settings(app_configs: Sequence[AppConfig] | None, **kwargs: Any) -> li
         found = read_settings()
     except TaskkitImproperlyConfigured as error:
         return [Error(str(error), id="taskkit.E001")]
-    return [*uncallable(found.get("TOKEN_CLAIMS")), *_relative(found)]
+    return [*uncallable(found.get("TOKEN_CLAIMS")), *_relative(found), *_hidden(found)]
 
 
 def uncallable(path: str | None) -> list[CheckMessage]:
@@ -59,6 +64,21 @@ def _relative(found: Mapping[str, Any]) -> list[CheckMessage]:
         for key in ("STATE_DIR", "UDS", "KEY_FILE")
         if found.get(key) and not os.path.isabs(found[key])
     ]
+
+
+def _hidden(found: Mapping[str, Any]) -> list[CheckMessage]:
+    reason = hidden_from_browsers(load_settings(found))
+    hint = "Set URL to what browsers shall open, for example 'https://tasks.example.com'; silence this without pages."
+    return [] if reason is None else [Warning(f"TASKKIT: {reason}", hint=hint, id="taskkit.W003")]
+
+
+@register("taskkit")
+def check_admin(app_configs: Sequence[AppConfig] | None, **kwargs: Any) -> list[CheckMessage]:
+    """Report an admin whose pages would not find our script."""
+    if settings.STATIC_URL or not apps.is_installed("django.contrib.admin"):
+        return []
+    hint = "Add 'django.contrib.staticfiles' to INSTALLED_APPS, and set STATIC_URL = 'static/'."
+    return [Warning("Runs cannot be shown live: STATIC_URL is not set.", hint=hint, id="taskkit.W004")]
 
 
 @register("taskkit")

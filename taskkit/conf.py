@@ -14,7 +14,13 @@ from django.conf import settings
 from django.core.exceptions import ImproperlyConfigured
 
 from taskkit.errors import SettingsError
-from taskkit.settings import Settings, default_state_dir, from_environment, load_settings
+from taskkit.settings import (
+    Settings,
+    default_state_dir,
+    from_environment,
+    hidden_from_browsers,
+    load_settings,
+)
 
 
 class TaskkitImproperlyConfigured(SettingsError, ImproperlyConfigured):
@@ -68,6 +74,39 @@ def pool_of(queue: str) -> str:
         return queue if queue in get_settings().all_pools else "default"
     except SettingsError:  # the system checks say so
         return "default"
+
+
+def gateway_url() -> str:
+    """Return the URL of the gateway as browsers reach it, without a slash at its end: URL, else `http://BIND`.
+
+    Raises:
+      TaskkitImproperlyConfigured: as `read_settings`, or there is no URL and BIND or UDS is no such address.
+    """
+    found = get_settings()
+    if reason := hidden_from_browsers(found):
+        raise TaskkitImproperlyConfigured(f"TASKKIT: {reason}; set URL to what browsers shall open")
+    return (found.url or f"http://{found.bind}").rstrip("/")
+
+
+def gateway_address() -> str:
+    """Return where this process reaches the gateway: `unix:` and UDS where there is that socket, else as browsers do.
+
+    Raises:
+      TaskkitImproperlyConfigured: as `gateway_url`.
+    """
+    found = get_settings()
+    if found.uds and (found.url is None or os.path.exists(found.uds)):
+        return f"unix:{found.uds}"
+    return gateway_url()
+
+
+def stream_url(run: str) -> str:
+    """Return the URL of a run's events, without a ticket.
+
+    Raises:
+      TaskkitImproperlyConfigured: as `gateway_url`.
+    """
+    return f"{gateway_url()}/api/v1/runs/{run}/events"
 
 
 def key_file() -> Path:

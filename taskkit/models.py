@@ -12,6 +12,7 @@ from django.core.serializers.json import DjangoJSONEncoder
 from django.db import models
 from django.db.models import Q
 
+from taskkit import conf
 from taskkit.lifecycle import TERMINAL, RunStatus
 from taskkit.stream_task import StreamTask
 
@@ -104,6 +105,12 @@ class Run(models.Model):
     class Meta:
         verbose_name = "run"
         verbose_name_plural = "runs"
+        # What the admin can have the gateway do; `change_run` would be another's: nobody edits a run.
+        permissions = [
+            ("cancel_run", "Can cancel run"),
+            ("replay_run", "Can perform run again"),
+            ("release_run", "Can release run from quarantine"),
+        ]
         ordering = ("-id",)  # UUIDv7: newest first, served by the primary key
         indexes = [
             models.Index(fields=("task", "-id"), name="taskkit_run_task"),
@@ -124,6 +131,15 @@ class Run(models.Model):
     def is_finished(self) -> bool:
         """Whether the run has ended for good."""
         return self.status not in OPEN
+
+    @property
+    def stream_url(self) -> str:
+        """Absolute URL of its events, without a ticket: see `{% stream %}` for one that a page can follow.
+
+        Raises:
+          TaskkitImproperlyConfigured: the settings have no URL that browsers reach the gateway by.
+        """
+        return conf.stream_url(str(self.id))
 
 
 class Node(models.Model):

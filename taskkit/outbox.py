@@ -23,7 +23,7 @@ from django.db import DEFAULT_DB_ALIAS, IntegrityError, router, transaction
 from django.utils import timezone
 from django.utils.functional import Promise
 
-from taskkit import linux
+from taskkit import conf, linux
 from taskkit.conf import get_settings, key_file
 from taskkit.errors import InvalidArguments, LocalWireError
 from taskkit.identifiers import is_task_name, new_run_id
@@ -78,6 +78,11 @@ class RunHandle:
           run.
         """
         return Run.objects.using(self.using).get(id=self.id)
+
+    @property
+    def stream_url(self) -> str:
+        """Absolute URL of the run's events: see `taskkit.models.Run.stream_url`."""
+        return conf.stream_url(self.id)
 
     def token(self, *, actions: Iterable[str] = ("read",), ttl: float = 3600.0, subject: str = "") -> str:
         """Return a token for this run alone, which a page can follow it with.

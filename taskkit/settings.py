@@ -14,6 +14,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, get_args, get_origin
+from urllib.parse import urlsplit
 
 import msgspec
 from msgspec import Meta, Struct
@@ -174,6 +175,7 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, re
       state_dir: directory of the store, the key, the sockets; made when missing.
       bind: `HOST:PORT` of the gateway; port 0 takes a free one.
       uds: path of a Unix socket to listen on instead.
+      url: of the gateway as browsers reach it, such as `https://tasks.example.com`; default `http://BIND`.
       key_file: key of the tokens; default `key` in the state directory.
       allowed_hosts: accepted Host headers; default Django's ALLOWED_HOSTS, plus loopback names.
       cors_origins: origins whose pages may read answers.
@@ -193,6 +195,7 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, re
     state_dir: str | None = None
     bind: str = "127.0.0.1:8888"
     uds: str | None = None
+    url: str | None = None
     key_file: str | None = None
     allowed_hosts: list[str] | None = None
     cors_origins: list[str] = []
@@ -274,6 +277,11 @@ def load_settings(value: Mapping[str, Any], source: str = "TASKKIT") -> Settings
         )  # one by one: msgspec does not say which of them is wrong
     settings: Settings = _convert(dict(value), Settings, source)
     parse_bind(settings.bind)
+    if settings.url is not None and not _is_base_url(settings.url):
+        raise SettingsError(
+            f"{source}: URL = {settings.url!r:.200}: write http:// or https://, a host and perhaps a path, for example "
+            "https://tasks.example.com"
+        )
     if settings.breaker.longest_pause < settings.breaker.pause:
         raise SettingsError(
             f"{source}: BREAKER.longest_pause = {settings.breaker.longest_pause} is below "
@@ -349,6 +357,30 @@ def parse_bind(bind: str) -> tuple[str, int]:
     if not colon or not well_formed or not (port.isascii() and port.isdecimal()) or int(port) > 65535:
         raise SettingsError(f"BIND = {bind!r}: write HOST:PORT, for example 127.0.0.1:8888 or [::1]:0")
     return bare, int(port)
+
+
+def _is_base_url(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        host = parts.hostname if parts.port is None or parts.port else None
+    except ValueError:  # a port that is none, half an IPv6 address
+        return False
+    bare = not (parts.query or parts.fragment or "@" in parts.netloc or re.search(r"\s", url))
+    return parts.scheme in ("http", "https") and bool(host) and bare
+
+
+def hidden_from_browsers(settings: Settings) -> str | None:
+    """Return why `http://BIND` is no URL that a browser could open, or None: it is, or URL is set."""
+    host, port = parse_bind(settings.bind)
+    if settings.url is not None:
+        return None
+    if settings.uds is not None:
+        return f"UDS = {settings.uds!r} is a file, which no browser opens"
+    if port == 0:
+        return f"BIND = {settings.bind!r} takes any port"
+    if host in ("0.0.0.0", "::"):
+        return f"BIND = {settings.bind!r} is every address of the machine, and the name of none"
+    return None
 
 
 def is_loopback(host: str) -> bool:

@@ -55,6 +55,17 @@ def report(n: int) -> None:
 
 
 @task
+def telling(n: int, delay: float) -> dict[str, int]:
+    """Tell of `n` parts in every way: an event, a printed line, progress."""
+    for number in range(1, n + 1):
+        time.sleep(delay)
+        emit("part", {"number": number})
+        print(f"printed {number}")
+        progress(number, n, f"part {number}")
+    return {"parts": n}
+
+
+@task
 def sleepy(seconds: float) -> str:
     """Sleep without a word, in a plain function."""
     time.sleep(seconds)

@@ -69,3 +69,47 @@ def test_models_and_migrations_agree() -> None:
     from django.core.management import call_command
 
     call_command("makemigrations", "taskkit", check=True, dry_run=True, verbosity=0)
+
+
+@pytest.mark.parametrize(
+    ("taskkit", "named"),
+    [
+        ({"UDS": "/run/bulkhead.sock"}, "UDS"),
+        ({"BIND": "0.0.0.0:8888", "ALLOWED_HOSTS": ["x"]}, "BIND"),
+        ({"BIND": "[::]:8888"}, "BIND"),
+        ({"BIND": "127.0.0.1:0"}, "BIND"),
+    ],
+)
+def test_a_gateway_that_browsers_have_no_url_of_is_w003(taskkit: dict[str, Any], named: str) -> None:
+    [(id_, message)] = _found(**taskkit)
+    assert id_ == "taskkit.W003"
+    assert f"{named} = " in message
+    assert _found(**taskkit, URL="https://tasks.example.com") == []
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "tasks.example.com",
+        "ftp://a.example",
+        "http://",
+        "http://a:b@c",
+        "http://a/?b",
+        "http://a:0",
+        "http://[a",
+    ],
+)
+def test_a_url_that_is_none_is_e001(url: str) -> None:
+    [(id_, message)] = _found(URL=url)
+    assert id_ == "taskkit.E001"
+    assert f"URL = {url!r}" in message
+
+
+def test_an_admin_without_static_files_is_w004() -> None:
+    from django.test import modify_settings
+
+    with modify_settings(INSTALLED_APPS={"append": "django.contrib.admin"}):
+        with override_settings(STATIC_URL=None):
+            assert [id_ for id_, _ in _found()] == ["taskkit.W004"]
+        with override_settings(STATIC_URL="static/"):
+            assert _found() == []
