@@ -64,17 +64,19 @@ def test_the_wheel_is_the_product(wheel: Path) -> None:
     assert tops == {"supervisor", "gateway", "taskkit"}, "neither tests nor deploy"
     assert "taskkit/_demo/manage.py" in names
     assert "gateway/tasks.js" in names, "what the gateway serves to browsers"
+    assert "taskkit/static/taskkit/stream.js" in names, "what a Django site serves to browsers"
     assert any(name.startswith("taskkit/migrations/0001") for name in names)
     assert [name for name in names if "__pycache__" in name or name.endswith((".sqlite3", ".pyc"))] == []
     assert "bulkhead = " in commands
 
 
-def test_the_wheel_has_every_module_of_the_checkout(wheel: Path) -> None:
+def test_the_wheel_has_every_file_of_the_packages(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
     for package in ("supervisor", "gateway", "taskkit"):
-        wanted = {str(path.relative_to(ROOT)) for path in (ROOT / package).rglob("*.py")}
-        assert wanted - names == set()
+        files = [path for path in (ROOT / package).rglob("*") if path.is_file()]
+        wanted = {str(path.relative_to(ROOT)) for path in files if path.suffix != ".pyc"}
+        assert wanted - names == set(), "modules, templates, what is served as it is"
 
 
 def test_bulkhead_runs_outside_the_checkout(installed: Path, tmp_path: Path) -> None:
