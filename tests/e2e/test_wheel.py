@@ -17,7 +17,9 @@ from tests.helpers import ROOT
 def run(*command: str | Path, cwd: Path) -> str:
     """Run a command that has to succeed; return its output."""
     environment = {
-        name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "PIP_"))
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("PYTHON", "PIP_", "DJANGO_"))
     }
     finished = subprocess.run(
         [str(part) for part in command],
