@@ -43,6 +43,7 @@ from gateway.store.protocol import Store, StoreError
 from gateway.store.rows import AttemptRow, OutputRow, RunFilter, RunRow
 from gateway.stream import BUSY, RENDERINGS, RunStream, Wish, is_over, read_page
 from gateway.submitting import Submitting
+from gateway.telling import Telling
 from taskkit.errors import Forbidden, InvalidArguments, UnknownTask
 from taskkit.identifiers import parse_run_id
 from taskkit.lifecycle import Ending, RunStatus
@@ -80,6 +81,7 @@ class Api:
         self._batching = Batching(engine, authenticator, self._submitting)
         self._operating = Operating(engine, authenticator)
         self._granting = Granting(engine, authenticator)
+        self._telling = Telling(engine, authenticator)
         self._multiplex = Multiplex(engine, authenticator)
 
     def routes(self) -> list[Route]:
@@ -93,6 +95,7 @@ class Api:
             Route(f"{base}/runs/{{id}}/events", Resource(get=self.follow_run)),
             Route(f"{base}/runs/{{id}}/cancel", Resource(post=self.cancel_run)),
             Route(f"{base}/runs/{{id}}/replay", Resource(post=self._submitting.replay)),
+            Route(f"{base}/runs/{{id}}/input/{{inbox}}", Resource(post=self._telling.tell)),
             Route(f"{base}/events", Resource(get=self._multiplex.follow, post=self._multiplex.follow_listed)),
             Route(f"{base}/runners", Resource(get=self.list_runners)),
             Route(f"{base}/runners/{{id}}/kill", Resource(post=self._operating.kill_runner)),

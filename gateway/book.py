@@ -23,6 +23,7 @@ from gateway.endings import (
     with_limit,
 )
 from gateway.grants import Grants
+from gateway.inputs import Inputs
 from gateway.ordering import Ordering
 from gateway.output import Line
 from gateway.pace import DEPTH, PATIENCE, Paces
@@ -95,6 +96,7 @@ class Book:
         self.runners: dict[str, RunnerState] = {}
         self.untold = Untold()
         self.grants = Grants(opened, moment)
+        self.inputs = Inputs(opened.inputs)
         self._plan = Plan(opened.next_pos, self.untold)
         self._order = Ordering(settings.limits, self._plan)
         self.queues = Queues()
@@ -255,6 +257,7 @@ class Book:
             self._order.limit_time(run, row, at_most=True)
         else:
             self._order.start(run, row, self.memory_limits.get(run.task))
+        self._order.hear(row, self.inputs.of(run.no))  # which of them it has heard is not known
         if run.suspect and runner.shared:
             self._order.send_home(runner)
         if run.cancelling:
@@ -446,6 +449,7 @@ class Book:
         if runner.given == 1 or runner.retiring:  # what comes in between is no news to the supervisor
             self._plan.tell(Assigned(runner=runner.spec.id, last=runner.retiring))
         self._order.start(run, row, self.memory_limits.get(run.task))
+        self._order.hear(row, self.inputs.of(run.no))
 
     def _memory_limit(self, attempt: OpenAttempt) -> int | None:
         runner = self.runners.get(attempt.row.runner)
@@ -635,6 +639,7 @@ class Book:
         if run.status is RunStatus.SUCCESSFUL:
             error = None
         self._plan.end(run, error, now)
+        self.inputs.forget(run.no, self.batch)
         self._forget(run)
 
     # --- cancelling and stopping ---------------------------------------------------------------------------
@@ -674,6 +679,20 @@ class Book:
             self._order.take_back(runner, [attempt.row.token])
         else:
             self._order.cancel(attempt.row, grace)
+
+    def input(self, run: RunRow, name: str, data: bytes, key: str, now: float) -> tuple[int, bool]:
+        """Tell an open run something; return the input's number, and whether it was told that before.
+
+        An attempt that is under way hears it at once, every later one at its beginning.
+
+        Raises:
+          IdempotencyConflict, QueueFull: as `Inputs.add` says.
+        """
+        row, before = self.inputs.add(run.no, name, data, key, now, self.batch)
+        attempt = next((a for a in self.attempts.values() if a.run is run), None)
+        if attempt is not None and not before:
+            self._order.hear(attempt.row, [row])
+        return row.number, before
 
     def expired(self, runner: str, token: str, kind: str, now: float) -> None:
         """The deadline of an attempt in a shared process has passed; said again until it has ended.

@@ -150,6 +150,14 @@ class Ordered(TypedDict):
     ordered: str
 
 
+class Told(TypedDict):
+    """What a run was told: the input's name, and its number among all that the run was told."""
+
+    id: str
+    name: str
+    number: int
+
+
 class Reset(TypedDict):
     """A task whose runs may go; `was_held` says whether they could not before."""
 

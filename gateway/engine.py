@@ -212,6 +212,25 @@ class Engine:
         found: RunRow = await self.decide(decide)
         return found
 
+    async def input(self, run: RunRow, name: str, data: bytes, key: str) -> tuple[int, bool]:
+        """Tell an open run something; return the input's number, and whether it was told that before, on disk.
+
+        Raises:
+          LifecycleError: it has ended.
+          IdempotencyConflict, QueueFull: as `Inputs.add` says.
+          NotWritable: the store cannot be written now.
+        """
+
+        def decide() -> tuple[int, bool]:
+            known = self.book.find(run.id)
+            if known is None:
+                raise LifecycleError(f"run {run.id} has ended")
+            return self.book.input(known, name, data, key, time.time())
+
+        self.check_store()
+        found: tuple[int, bool] = await self.decide(decide)
+        return found
+
     async def create_row(self, submission: Submission, fields: dict[str, Any]) -> Created:
         """Have an intake runner validate and save a row of a model task, with an outbox entry of its submission.
 

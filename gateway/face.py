@@ -67,6 +67,9 @@ class Engine(Protocol):
     async def cancel(self, run: RunRow, grace: float | None) -> RunRow:
         """Ask the run to stop. Raises LifecycleError when it has ended."""
 
+    async def input(self, run: RunRow, name: str, data: bytes, key: str) -> tuple[int, bool]:
+        """Tell the run something; return its number, and whether that was said before. Raises LifecycleError."""
+
     async def create_row(self, submission: Submission, fields: dict[str, Any]) -> Created:
         """Have an intake runner save a task row, its submission with it. Raises SubmitError."""
 

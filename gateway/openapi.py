@@ -28,6 +28,7 @@ _SCHEMAS: Final = "#/components/schemas/{name}"
 #: What each placeholder of a path stands for, where the path alone does not say it.
 _PLACEHOLDERS: Final = {
     "name": "Name or dotted path of a task.",
+    "inbox": "Name under which the task waits for it.",
     "app": "App label of a model.",
     "model": "Name of a model, in any letter case.",
     "pk": "Primary key of a row.",

@@ -5,15 +5,16 @@ An order goes to the runner, its deadline to the supervisor: whoever dies in bet
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Final
 
 import msgspec
 
 from gateway.plan import Plan
 from gateway.state import RunnerState
-from gateway.store.rows import AttemptRow, RunRow
+from gateway.store.rows import AttemptRow, InputRow, RunRow
 from taskkit.settings import LimitSettings
-from taskkit.wire.messages import Assigned, Cancel, Deadline, Retire, Row, Start, TakeBack
+from taskkit.wire.messages import Assigned, Cancel, Deadline, Input, Retire, Row, Start, TakeBack
 
 #: Seconds that an attempt may take to begin beyond its timeout. The limit is set before `Start`, so that it holds
 #: whoever dies, and set anew when the attempt begins.
@@ -51,6 +52,12 @@ class Ordering:
             memory_limit=memory_limit,
         )
         self._plan.order(row.runner, start)
+
+    def hear(self, row: AttemptRow, inputs: Iterable[InputRow]) -> None:
+        """Have an attempt hear what its run is told; it ignores what it has heard."""
+        for input in inputs:
+            told = Input(token=row.token, number=input.number, name=input.name, data=input.data)
+            self._plan.order(row.runner, told)
 
     def limit_time(self, run: RunRow, row: AttemptRow, extra: float = 0.0, *, at_most: bool = False) -> None:
         """Have the supervisor end the attempt at its timeout; a later limit replaces an earlier one.

@@ -171,6 +171,13 @@ def cancel_call(run: str, grace: float | None) -> Call:
     return Call(method="POST", path=run_path(run, "/cancel"), body=body, repeatable=False)
 
 
+def input_call(run: str, name: str, data: Mapping[str, Any], key: str | None) -> Call:
+    """Return the call that tells a run something."""
+    headers = {"Idempotency-Key": key or uuid.uuid4().hex}  # or a repeat would be said twice
+    path = run_path(run, f"/input/{quote(name, safe='')}")
+    return Call(method="POST", path=path, body=dict(data), headers=headers)
+
+
 def replay_call(run: str, key: str | None) -> Call:
     """Return the call that has an ended run performed again."""
     # Without a key, a repeat after a lost answer would be one run more.

@@ -140,6 +140,32 @@ class Client:
         """Ask a run to stop: see `cancel`."""
         return calls.document(await self._asend(calls.cancel_call(run, grace)))
 
+    def input(
+        self,
+        run: str,
+        name: str,
+        data: Mapping[str, Any] | None = None,
+        *,
+        idempotency_key: str | None = None,
+    ) -> dict[str, Any]:
+        """Tell a run something, which its task takes from `current_run().inbox(name)`.
+
+        Raises:
+          GatewayError: among others with status 409, when the run has ended.
+        """
+        return calls.document(self._send(calls.input_call(run, name, data or {}, idempotency_key)))
+
+    async def ainput(
+        self,
+        run: str,
+        name: str,
+        data: Mapping[str, Any] | None = None,
+        *,
+        idempotency_key: str | None = None,
+    ) -> dict[str, Any]:
+        """Tell a run something: see `input`."""
+        return calls.document(await self._asend(calls.input_call(run, name, data or {}, idempotency_key)))
+
     def status(self, run: str) -> dict[str, Any]:
         """Return the run's snapshot."""
         return calls.document(self._send(calls.Call(path=run_path(run))))

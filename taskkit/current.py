@@ -7,7 +7,10 @@ or event loop task that inherited the context.
 from __future__ import annotations
 
 from contextvars import ContextVar
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from taskkit.inbox import Inbox
 
 
 class Speaker(Protocol):
@@ -31,6 +34,7 @@ class Speaker(Protocol):
 
     def emit(self, type: str, data: Any = None) -> None: ...
     def progress(self, done: float, total: float | None = None, message: str = "") -> None: ...
+    def inbox(self, name: str) -> Inbox: ...
 
 
 speaker: ContextVar[Speaker | None] = ContextVar("bulkhead_speaker", default=None)

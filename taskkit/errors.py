@@ -114,7 +114,7 @@ class IdempotencyConflict(SubmitError):
 
 
 class QueueFull(SubmitError):
-    """As many runs wait as `LIMITS.queued_runs` allows."""
+    """As many runs wait as `LIMITS.queued_runs` allows, or a run was told as much as is kept."""
 
     code, status = "queue-full", 429
 

@@ -21,6 +21,7 @@ from gateway.store.rows import (
     MAX_UNTOLD,
     AttemptRow,
     EventRow,
+    InputRow,
     KeyRow,
     Opened,
     OutputRow,
@@ -33,6 +34,7 @@ from gateway.store.rows import (
 from gateway.store.schema import (
     ATTEMPT_COLUMNS,
     EVENT_COLUMNS,
+    INPUT_COLUMNS,
     KEY_COLUMNS,
     OUTPUT_COLUMNS,
     REVOCATION_COLUMNS,
@@ -105,15 +107,20 @@ def opened(connection: sqlite3.Connection) -> Opened:
         quarantined=_quarantined(connection),
         tickets=_all(connection, "ticket", TICKET_COLUMNS, TicketRow),
         revocations=_all(connection, "revocation", REVOCATION_COLUMNS, RevocationRow),
+        inputs=_all(connection, "input", INPUT_COLUMNS, InputRow, "run, number"),
         more_untold=ended == MAX_UNTOLD,
         gaps=get_gaps(connection),
     )
 
 
 def _all(
-    connection: sqlite3.Connection, table: str, names: Iterable[str], row: Callable[..., _T]
+    connection: sqlite3.Connection,
+    table: str,
+    names: Iterable[str],
+    row: Callable[..., _T],
+    order: str = "expires_at",
 ) -> list[_T]:
-    found = connection.execute(f"SELECT {columns(names)} FROM {table} ORDER BY expires_at")
+    found = connection.execute(f"SELECT {columns(names)} FROM {table} ORDER BY {order}")
     return [row(*values) for values in found.fetchall()]
 
 

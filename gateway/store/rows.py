@@ -214,6 +214,24 @@ class QuarantinedRow:
     at: float
 
 
+@dataclass(frozen=True, slots=True)
+class InputRow:
+    """Something that an open run was told.
+
+    Attributes:
+      number: 1, 2, 3 … per run.
+      data: a JSON object.
+      key: idempotency key of the request, or "".
+    """
+
+    run: int
+    number: int
+    name: str
+    data: bytes
+    key: str
+    at: float
+
+
 @dataclass(slots=True)
 class Batch:
     """Everything one round changes, in one transaction.
@@ -233,6 +251,8 @@ class Batch:
       breakers: record of a task's circuit breaker by its name, None when there is nothing to keep.
       tickets: used in this round.
       revocations: made in this round; one of the same name is replaced.
+      inputs: what runs were told.
+      told_enough: numbers of runs that have ended: what they were told goes.
       full: commit with synchronous=FULL (an accept, a claim or an end is among it).
     """
 
@@ -251,6 +271,8 @@ class Batch:
     breakers: dict[str, bytes | None] = field(default_factory=dict)
     tickets: list[TicketRow] = field(default_factory=list)
     revocations: list[RevocationRow] = field(default_factory=list)
+    inputs: list[InputRow] = field(default_factory=list)
+    told_enough: list[int] = field(default_factory=list)
     full: bool = False
 
     def __bool__(self) -> bool:
@@ -271,6 +293,8 @@ class Batch:
             or self.breakers
             or self.tickets
             or self.revocations
+            or self.inputs
+            or self.told_enough
         )
 
 
@@ -289,6 +313,7 @@ class Opened:
       breakers: record of the circuit breaker by name of the task.
       quarantined: the newest runs in quarantine that nobody has released, oldest first.
       tickets, revocations: all that have not been removed.
+      inputs: what open runs were told, by run, then number.
     """
 
     runs: dict[int, RunRow]
@@ -300,6 +325,7 @@ class Opened:
     quarantined: list[QuarantinedRow] = field(default_factory=list)
     tickets: list[TicketRow] = field(default_factory=list)
     revocations: list[RevocationRow] = field(default_factory=list)
+    inputs: list[InputRow] = field(default_factory=list)
     more_untold: bool = False
     gaps: list[tuple[int, int]] = field(default_factory=list)
 

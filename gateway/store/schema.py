@@ -13,7 +13,16 @@ from dataclasses import fields
 from typing import Final
 
 from gateway.store.protocol import StoreTooNew
-from gateway.store.rows import AttemptRow, EventRow, KeyRow, OutputRow, RevocationRow, RunRow, TicketRow
+from gateway.store.rows import (
+    AttemptRow,
+    EventRow,
+    InputRow,
+    KeyRow,
+    OutputRow,
+    RevocationRow,
+    RunRow,
+    TicketRow,
+)
 
 RUN_COLUMNS: Final = tuple(field.name for field in fields(RunRow))
 ATTEMPT_COLUMNS: Final = tuple(field.name for field in fields(AttemptRow))
@@ -22,6 +31,7 @@ OUTPUT_COLUMNS: Final = tuple(field.name for field in fields(OutputRow))
 KEY_COLUMNS: Final = tuple(field.name for field in fields(KeyRow))
 TICKET_COLUMNS: Final = tuple(field.name for field in fields(TicketRow))
 REVOCATION_COLUMNS: Final = tuple(field.name for field in fields(RevocationRow))
+INPUT_COLUMNS: Final = tuple(field.name for field in fields(InputRow))
 
 #: AUTOINCREMENT where a number must never be given out twice, even when retention has removed the newest row:
 #: `no` stands in every other table, `pos` is a cursor of multiplexed streams. Measured: no difference per
@@ -171,7 +181,6 @@ _STREAMS: Final = (
     "ALTER TABLE run ADD COLUMN followed INTEGER NOT NULL DEFAULT 0",
 )
 
-#: Statements of each step.
 #: What Django is told of each attempt, as its own Tasks interface wants to know it.
 _ATTEMPTED: Final = (
     "ALTER TABLE run ADD COLUMN runner TEXT NOT NULL DEFAULT ''",
@@ -179,7 +188,23 @@ _ATTEMPTED: Final = (
     "ALTER TABLE run ADD COLUMN failure BLOB",
 )
 
-STEPS: Final[tuple[Sequence[str], ...]] = (_FIRST, _CRASHES, _RETENTION, _GRANTS, _STREAMS, _ATTEMPTED)
+#: What open runs were told by others.
+_INPUTS: Final = (
+    """CREATE TABLE input (
+        run INTEGER NOT NULL,
+        number INTEGER NOT NULL,
+        name TEXT NOT NULL,
+        data BLOB NOT NULL,
+        key TEXT NOT NULL,
+        at REAL NOT NULL,
+        PRIMARY KEY (run, number)
+    ) WITHOUT ROWID""",
+)
+
+#: Statements of each step.
+STEPS: Final[tuple[Sequence[str], ...]] = (
+    *(_FIRST, _CRASHES, _RETENTION, _GRANTS, _STREAMS, _ATTEMPTED, _INPUTS),
+)
 
 
 def columns(names: Iterable[str]) -> str:

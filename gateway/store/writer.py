@@ -25,6 +25,7 @@ from gateway.store.retention import ROW_BYTES, Slices, sizes
 from gateway.store.rows import MUTABLE, SPOKEN, Batch, EventRow, OutputRow, RunRow
 from gateway.store.schema import (
     ATTEMPT_COLUMNS,
+    INPUT_COLUMNS,
     KEY_COLUMNS,
     OUTPUT_COLUMNS,
     REVOCATION_COLUMNS,
@@ -94,6 +95,8 @@ _UPSERT_REVOCATION: Final = (
     _insert("revocation", REVOCATION_COLUMNS)
     + " ON CONFLICT (kind, name) DO UPDATE SET at = excluded.at, expires_at = excluded.expires_at"
 )
+_INSERT_INPUT: Final = _insert("input", INPUT_COLUMNS)
+_DELETE_INPUTS: Final = "DELETE FROM input WHERE run = ?"
 _UPDATE_TOLD: Final = "UPDATE run SET told = ? WHERE no = ? AND told < ?"
 
 
@@ -149,6 +152,7 @@ _output_values = attrgetter(*OUTPUT_COLUMNS)
 _key_values = attrgetter(*KEY_COLUMNS)
 _ticket_values = attrgetter(*TICKET_COLUMNS)
 _revocation_values = attrgetter(*REVOCATION_COLUMNS)
+_input_values = attrgetter(*INPUT_COLUMNS)
 
 
 def prepare(batch: Batch) -> Prepared:
@@ -188,6 +192,8 @@ def prepare(batch: Batch) -> Prepared:
         Step(_DELETE_BREAKER, [(task,) for task, record in batch.breakers.items() if not record]),
         Step(_INSERT_TICKET, [_ticket_values(row) for row in batch.tickets]),
         Step(_UPSERT_REVOCATION, [_revocation_values(row) for row in batch.revocations]),
+        Step(_INSERT_INPUT, [_input_values(row) for row in batch.inputs]),
+        Step(_DELETE_INPUTS, [(run,) for run in batch.told_enough]),
     ]
     return Prepared([step for step in steps if step.rows], batch.full, events, outputs)
 

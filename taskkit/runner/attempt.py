@@ -13,9 +13,11 @@ import msgspec
 from taskkit import current
 from taskkit.errors import InvalidArguments, RunCancelled
 from taskkit.identifiers import check_event_name
+from taskkit.inbox import Inbox
 from taskkit.registry import TaskDefinition
 from taskkit.runner.announcing import Audience
 from taskkit.runner.encode import EventRenderer, failure_of, render
+from taskkit.runner.inbox import Mail
 from taskkit.wire.messages import Finished, Progress, RunnerSpec, Start
 
 if TYPE_CHECKING:
@@ -49,9 +51,13 @@ class Attempt:
       definition: the task in this process.
       emitter: where events go.
       spec: the limits of this runner.
+      mail: what others tell it.
     """
 
-    def __init__(self, start: Start, definition: TaskDefinition, emitter: Voice, spec: RunnerSpec) -> None:
+    def __init__(
+        self, start: Start, definition: TaskDefinition, emitter: Voice, spec: RunnerSpec, mail: Mail
+    ) -> None:
+        self._mail = mail
         self._start = start
         self._definition = definition
         self._emitter = emitter
@@ -93,6 +99,10 @@ class Attempt:
         """See `taskkit.current.progress`."""
         data = self._render({"done": done, "total": total, "message": str(message)[:MAX_PROGRESS_MESSAGE]})
         self._emitter.send_progress(Progress(token=self.token, data=data))
+
+    def inbox(self, name: str) -> Inbox:
+        """See `taskkit.inbox.Inbox`; the name is the last part of `POST …/runs/{id}/input/{name}`."""
+        return self._mail.inbox(name)
 
     def _render(self, data: Any) -> bytes:
         rendered = self._renderer.render(data)

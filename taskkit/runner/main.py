@@ -168,7 +168,7 @@ class Runner:
         if definition is None:
             missing = TaskkitError(f"the code of this runner has no task {start.task!r}; reload it")
             return Finished(token=start.token, ending="raised", failure=failure_of(missing))
-        attempt = Attempt(start, definition, self._emitter, self._spec)
+        attempt = Attempt(start, definition, self._emitter, self._spec, self._orders.mail(start.token))
         try:
             limit_memory(start.memory_limit or self._spec.memory_limit)
         except (OSError, ValueError) as error:
@@ -180,6 +180,7 @@ class Runner:
             capture.end(finished.token)
         else:
             capture.finish_lines(finished.token)
+        self._orders.forget(finished.token)
         self._emitter.finished(finished)
 
     def _create(self, order: Create) -> Created:

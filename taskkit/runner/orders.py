@@ -15,8 +15,9 @@ import anyio
 from taskkit import linux, seqpacket
 from taskkit.errors import RemoteWireError, RunCancelled
 from taskkit.runner.emitter import Emitter
+from taskkit.runner.inbox import Mail
 from taskkit.wire.codec import unpack
-from taskkit.wire.messages import Cancel, Create, Order, Retire, Start, TakeBack
+from taskkit.wire.messages import Cancel, Create, Input, Order, Retire, Start, TakeBack
 
 #: Announces input on the orders socket while a synchronous task runs. SIGIO is what the kernel uses for this, and
 #: ordinary programs leave it alone.
@@ -40,6 +41,7 @@ class Orders:
         self._seen: set[str] = set()
         self._cancelled: set[str] = set()
         self._taken_back: deque[str] = deque()
+        self._mail: dict[str, Mail] = {}
         self._give_back = give_back
         self.retired = False
         self.closed = False
@@ -67,10 +69,14 @@ class Orders:
             if order.token not in self._seen:
                 self._seen.add(order.token)
                 self._waiting.append(order)
+                self._mail[order.token] = Mail()
         elif isinstance(order, Create):
             self._waiting.append(order)
         elif isinstance(order, Cancel):
             self._cancelled.add(order.token)
+        elif isinstance(order, Input):
+            if order.token in self._mail:  # or its attempt has ended
+                self._mail[order.token].deliver(order)
         elif isinstance(order, TakeBack):
             self._take_back(set(order.tokens))
         elif isinstance(order, Retire):
@@ -81,6 +87,7 @@ class Orders:
         for order in self._waiting:
             if isinstance(order, Start) and order.token in tokens:
                 self._taken_back.append(order.token)
+                self.forget(order.token)
             else:
                 kept.append(order)
         self._waiting = kept
@@ -93,6 +100,14 @@ class Orders:
     def is_cancelled(self, token: str) -> bool:
         """Whether the attempt is to stop, as far as has been received."""
         return token in self._cancelled
+
+    def mail(self, token: str) -> Mail:
+        """Return what an attempt that was ordered, and has not ended, is told."""
+        return self._mail[token]
+
+    def forget(self, token: str) -> None:
+        """An attempt has ended."""
+        self._mail.pop(token, None)
 
     def next_nowait(self) -> Start | Create | None:
         """Return the next order that has arrived, or None."""

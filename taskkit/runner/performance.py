@@ -11,6 +11,7 @@ from django.utils import timezone
 
 from taskkit import current
 from taskkit.identifiers import run_id_time
+from taskkit.inbox import Inbox
 from taskkit.interface import Task, TaskContext, TaskResult, TaskResultStatus, task_finished, task_started
 from taskkit.results import error_of
 from taskkit.times import moment
@@ -38,6 +39,10 @@ class BulkheadContext(TaskContext):
     def progress(self, done: float, total: float | None = None, message: str = "") -> None:
         """See `taskkit.progress`."""
         self.run.progress(done, total, message)
+
+    def inbox(self, name: str) -> Inbox:
+        """Return what others tell the run under this name: `context.inbox("answer").get(timeout=60)`."""
+        return self.run.inbox(name)
 
 
 class Performance:

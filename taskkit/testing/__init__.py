@@ -12,6 +12,10 @@
         (done,) = perform_submitted()
         assert done.status == "SUCCESSFUL"
 
+    def test_an_approval(self):
+        with inputs(approval=[{"by": "ann"}]):
+            assert perform(publish).result == "published"
+
 Arguments, events, results and errors pass the same code as in a runner, so what JSON cannot express fails here as well.
 The database is that of the test, its open transaction included. What only processes can show (crashes, time limits,
 memory) needs a real tree; `wait_for_run` waits for one.
@@ -26,12 +30,13 @@ With pytest the fixtures `perform_submitted` and `bulkhead_tree` are there when 
 from __future__ import annotations
 
 from taskkit.testing.live import LiveTree, live_tree, wait_for_run
-from taskkit.testing.performing import Event, PerformedRun, perform, perform_submitted
+from taskkit.testing.performing import Event, PerformedRun, inputs, perform, perform_submitted
 
 __all__ = [
     "Event",
     "LiveTree",
     "PerformedRun",
+    "inputs",
     "live_tree",
     "perform",
     "perform_submitted",

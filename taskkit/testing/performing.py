@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Final
@@ -19,10 +21,12 @@ from taskkit.conf import get_settings
 from taskkit.courier import outbox_reader, projection
 from taskkit.errors import RunCancelled
 from taskkit.identifiers import new_run_id, new_token
+from taskkit.inbox import Inbox
 from taskkit.lifecycle import Ending, RunStatus
 from taskkit.registry import TaskDefinition
 from taskkit.rows import row_address
 from taskkit.runner.attempt import Attempt, conclude, finish
+from taskkit.runner.inbox import Mail
 from taskkit.stream_task import StreamTask
 from taskkit.wire.messages import Finished, Progress, RunnerSpec, Start, Submit, Submitted, Transition
 
@@ -114,6 +118,41 @@ def perform_submitted(using: str = DEFAULT_DB_ALIAS) -> list[PerformedRun]:
             done.append(performed)
 
 
+@contextmanager
+def inputs(**told: Iterable[Mapping[str, Any]]) -> Iterator[None]:
+    """Have every task that is performed in the block hear this: messages by the name of their inbox.
+
+    Once it has taken them all it hears nothing more: waiting for another one is a TimeoutError at once.
+    """
+    before = _told.set({name: [dict(message) for message in messages] for name, messages in told.items()})
+    try:
+        yield
+    finally:
+        _told.reset(before)
+
+
+_told: ContextVar[Mapping[str, list[dict[str, Any]]]] = ContextVar("bulkhead_told")
+
+
+class _Script(Mail):
+    """What `inputs` says."""
+
+    def inbox(self, name: str) -> Inbox:
+        if name not in self._inboxes:
+            self._inboxes[name] = _ScriptedInbox()
+            for message in _told.get({}).get(name, ()):
+                self._inboxes[name].put(message)
+        return self._inboxes[name]
+
+
+class _ScriptedInbox(Inbox):
+    def get(self, timeout: float | None = None) -> dict[str, Any]:
+        return super().get(0)
+
+    async def aget(self, timeout: float | None = None) -> dict[str, Any]:
+        return await super().aget(0)
+
+
 class _Events:
     """Where a task's words go instead of a pipe."""
 
@@ -162,7 +201,7 @@ def _attempt(submission: Submit, definition: TaskDefinition, performed: Performe
         metadata=json.dumps({**info.metadata, **submission.metadata}).encode(),
     )
     spec = RunnerSpec(id=RUNNER, event_limit=limits.event_bytes, result_limit=limits.result_bytes)
-    attempt = Attempt(start, definition, _Events(performed), spec)
+    attempt = Attempt(start, definition, _Events(performed), spec, _Script())
     performed.exception = None
     speaker = current.speaker.set(attempt)
     try:

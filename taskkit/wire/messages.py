@@ -162,6 +162,18 @@ class Create(Message, frozen=True):
     submission: Submit
 
 
+class Input(Message, frozen=True):
+    """Somebody tells the attempt with this token something, under a name; `data` is a JSON object.
+
+    A run's inputs are numbered 1, 2, 3 … They are sent again after a takeover: a runner ignores a number that it has.
+    """
+
+    token: str
+    number: int
+    name: str
+    data: bytes
+
+
 class Retire(Message, frozen=True):
     """Finish what is open, then leave with exit code 0."""
 
@@ -172,7 +184,7 @@ class TakeBack(Message, frozen=True):
     tokens: list[str]
 
 
-Order = Start | Cancel | Create | Retire | TakeBack
+Order = Start | Cancel | Input | Create | Retire | TakeBack
 
 
 # --- runner → gateway (frames on the events pipe) -------------------------------------------------------------

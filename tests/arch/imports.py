@@ -77,6 +77,7 @@ PURE = (
     "gateway.store.removal",
     "gateway.ages",
     "gateway.grants",
+    "gateway.inputs",
     "gateway.failures",
     "supervisor.policy",
     "supervisor.causes",

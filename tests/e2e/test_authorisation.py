@@ -46,6 +46,7 @@ GET  /api/v1/runs/{run}/events       401  401 401 401 401 404   403    200  403 
 GET  /api/v1/events                  401  401 401 401 401 400   403    400  403    403     403  400 400    400    401
 POST /api/v1/events                  401  401 401 401 401 422   403    422  403    403     403  422 401    401    401
 POST /api/v1/runs/{run}/cancel       401  401 401 401 401 404   403    403  409    403     403  409 401    401    401
+POST /api/v1/runs/{run}/input/{inbox} 401 401 401 401 401 404   403    403  409    403     403  409 401    401    401
 POST /api/v1/runs/{run}/replay       401  401 401 401 401 403   404    403  403    403     403  202 401    401    401
 GET  /api/v1/runners                 401  401 401 401 401 403   403    200  403    200     403  200 200    200    401
 POST /api/v1/runners/{id}/kill       401  401 401 401 401 403   403    403  403    404     403  404 401    401    401
@@ -133,6 +134,7 @@ class World:
             "run": self.run,
             "id": "r999",
             "name": "proj.echo",
+            "inbox": "x",
             "app": "proj",
             "model": "row",
             "pk": self.row,

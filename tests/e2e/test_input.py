@@ -286,9 +286,23 @@ def routes() -> list[str]:
 def filled(path: str) -> Iterator[str]:
     """Yield a path with its parameters filled in, with what is not there and with nonsense."""
     fillings = (
-        {"id": str(uuid.uuid4()), "name": "no.such", "app": "no", "model": "such", "pk": "1"},
-        {"id": "%00", "name": "%F0%28%8C", "app": "demo", "model": "ExampleTask", "pk": "..%2f.."},
-        {"id": "x" * 300, "name": "demo.count", "app": "demo", "model": "ExampleTask", "pk": "999999"},
+        {"id": str(uuid.uuid4()), "name": "no.such", "inbox": "x", "app": "no", "model": "such", "pk": "1"},
+        {
+            "id": "%00",
+            "name": "%F0%28%8C",
+            "inbox": "%0A",
+            "app": "demo",
+            "model": "ExampleTask",
+            "pk": "..%2f..",
+        },
+        {
+            "id": "x" * 300,
+            "name": "demo.count",
+            "inbox": "y" * 300,
+            "app": "demo",
+            "model": "ExampleTask",
+            "pk": "999999",
+        },
     )
     for filling in fillings:
         yield path.format(**filling)

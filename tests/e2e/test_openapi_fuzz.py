@@ -123,6 +123,7 @@ def target() -> Iterator[Target]:
         schema.config.generation.update(with_security_parameters=False)
         fillings = {
             "run": [{"id": run["id"]} for run in runs],
+            "inbox": [{"id": run["id"], "inbox": "x"} for run in runs],
             "runner": [{"id": runner}],
             "task": [{"name": name} for name in TASKS],
             "app": [{"app": "proj", "model": "row", "pk": "1"}],
@@ -134,7 +135,14 @@ def target() -> Iterator[Target]:
 
 def kind_of(path: str) -> str:
     """Return what the placeholders of a path stand for."""
-    marks = {"{app}": "app", "{model}": "model", "{name}": "task", "runners/{id}": "runner", "{id}": "run"}
+    marks = {
+        "{inbox}": "inbox",
+        "{app}": "app",
+        "{model}": "model",
+        "{name}": "task",
+        "runners/{id}": "runner",
+        "{id}": "run",
+    }
     return next((kind for mark, kind in marks.items() if mark in path), "")
 
 

@@ -20,6 +20,7 @@ from gateway.changes import Changes
 from gateway.documents import Picture
 from gateway.fanout import Hub
 from gateway.grants import Grants, Revocation
+from gateway.inputs import Inputs
 from gateway.retention import Retention
 from gateway.store.protocol import StoreError
 from gateway.store.removal import Removal, Removed, RunLength, Usage
@@ -352,6 +353,7 @@ class StubEngine:
     courier: bool = True
     created: list[dict[str, Any]] = field(default_factory=list)
     graces: list[float | None] = field(default_factory=list)
+    inputs: Inputs = field(default_factory=lambda: Inputs([]))
     submissions: list[Submission] = field(default_factory=list)
     ordered: list[tuple[str, bool]] = field(default_factory=list)
     held: set[str] = field(default_factory=set)
@@ -417,6 +419,10 @@ class StubEngine:
         self.graces.append(grace)
         self.store.rows[run.no].cancelling = True
         return replace(self.store.rows[run.no])
+
+    async def input(self, run: RunRow, name: str, data: bytes, key: str) -> tuple[int, bool]:
+        await trio.lowlevel.checkpoint()
+        return self.inputs.add(run.no, name, data, key, 1.0, Batch())[0].number, False
 
     async def create_row(self, submission: Submission, fields: dict[str, Any]) -> Created:
         await trio.lowlevel.checkpoint()

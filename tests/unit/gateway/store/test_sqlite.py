@@ -18,7 +18,7 @@ import trio
 import trio.testing
 
 from gateway.store.protocol import Store, StoreError
-from gateway.store.rows import Batch, EventRow, Opened, RevocationRow, RunFilter, RunRow, TicketRow
+from gateway.store.rows import Batch, EventRow, InputRow, Opened, RevocationRow, RunFilter, RunRow, TicketRow
 from gateway.store.sqlite import SqliteStore
 from gateway.store.writer import WalGauge
 from taskkit.lifecycle import RunStatus
@@ -94,6 +94,14 @@ async def test_tickets_and_revocations_are_there_when_it_opens_again(store: Sqli
     await store.close()
     found = await store.open()
     assert (found.tickets, found.revocations) == ([ticket], [newer, other])
+
+
+async def test_what_runs_were_told_is_there_until_they_end(store: SqliteStore) -> None:
+    told = [InputRow(run, number, "a", b"{}", "k", 1.0) for run, number in ((1, 1), (1, 2), (2, 1))]
+    await store.commit(Batch(inputs=told[::-1], full=True))
+    await store.commit(Batch(told_enough=[2]))
+    await store.close()
+    assert (await store.open()).inputs == told[:2]
 
 
 async def test_it_opens_where_it_was_closed(store: SqliteStore) -> None:

@@ -47,6 +47,7 @@ def _attempt(
     func: Callable[..., Any], ears: Ears, *args: Any, row: Row | None = None, **spec: Any
 ) -> Attempt:
     from taskkit.runner.attempt import Attempt
+    from taskkit.runner.inbox import Mail
     from tests.unit.taskkit.runner.life import definition
 
     start = Start(
@@ -58,7 +59,7 @@ def _attempt(
         row=row,
         metadata=b'{"m":1}',
     )
-    return Attempt(start, definition(func), ears, RunnerSpec(id="u", **spec))  # type: ignore[arg-type]
+    return Attempt(start, definition(func), ears, RunnerSpec(id="u", **spec), Mail())  # type: ignore[arg-type]
 
 
 def _perform(func: Callable[..., Any], ears: Ears, *args: Any) -> Finished:

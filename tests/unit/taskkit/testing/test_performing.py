@@ -31,6 +31,17 @@ def test_functions_their_names_async_generators_in_both_loops() -> None:
     assert perform("proj.asleepy", seconds=0).check().status == "SUCCESSFUL"
 
 
+@pytest.mark.parametrize("task", ["proj.ask", "proj.ask_async", "proj.ask_trio"])
+def test_a_task_hears_what_the_test_says(task: str) -> None:
+    from taskkit.testing import inputs, perform
+
+    with inputs(answer=[{"n": 1}, {"n": 2}]):
+        assert perform(task, n=2).check().result == [{"n": 1}, {"n": 2}]
+        done = perform(task, n=3)
+    assert isinstance(done.exception, TimeoutError), "it does not wait for what never comes"
+    assert isinstance(perform(task).exception, TimeoutError)
+
+
 def test_what_it_raises_is_in_the_result() -> None:
     from taskkit.testing import perform
 
