@@ -7,15 +7,17 @@ an event loop, keeps one thread.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import signal
 import socket
 import sys
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Final
 
 import msgspec
 
-from taskkit import failpoints, seqpacket
+from taskkit import failpoints, linux, seqpacket
 from taskkit.errors import SettingsError
 from taskkit.wire.codec import pack, unpack
 from taskkit.wire.messages import (
@@ -32,6 +34,10 @@ from taskkit.zygote import birth, prepare
 
 if TYPE_CHECKING:  # it imports Django, which has to happen where a failure is told
     from taskkit.registry import TaskDefinition
+
+
+#: What `linux.fork_sibling` says where it cannot work.
+_NOT_HERE: Final = frozenset({errno.ENOSYS, errno.EINVAL, errno.EPERM})
 
 
 class Options(msgspec.Struct, frozen=True):
@@ -92,9 +98,13 @@ def _serve(control: socket.socket, tasks: dict[str, TaskDefinition], supervisor:
 def _fork(
     control: socket.socket, order: Fork, fds: list[int], tasks: dict[str, TaskDefinition], supervisor: int
 ) -> None:
-    """Fork the intermediate process, which forks the children and leaves, so that they become the supervisor's."""
+    """Fork the children that an order asks for, so that they are the supervisor's."""
     try:
         failpoints.hit("zygote.forking")
+        if _bear(control, order, fds, tasks, supervisor, linux.fork_sibling):
+            return
+        # This machine, or what confines this process, does not let it: an intermediate process forks them and
+        # leaves, and the supervisor, a subreaper, gets them.
         pid = os.fork()
     except OSError as error:
         seqpacket.send(control, pack(ForkFailed(ask=order.ask, detail=str(error))))
@@ -104,15 +114,21 @@ def _fork(
         return
     code = 1
     try:
-        _bear(control, order, fds, tasks, supervisor)
+        _bear(control, order, fds, tasks, supervisor, os.fork)
         code = 0
     finally:
         os._exit(code)
 
 
 def _bear(
-    control: socket.socket, order: Fork, fds: list[int], tasks: dict[str, TaskDefinition], supervisor: int
-) -> None:
+    control: socket.socket,
+    order: Fork,
+    fds: list[int],
+    tasks: dict[str, TaskDefinition],
+    supervisor: int,
+    fork: Callable[[], int],
+) -> bool:
+    """Fork the children; return False, before the first, if `fork` is not possible here at all."""
     from taskkit.zygote import roles
 
     count = 1 if order.courier else len(order.runners)
@@ -120,10 +136,12 @@ def _bear(
     parent = os.getpid()
     for index in range(count):
         try:
-            pid = os.fork()
+            pid = fork()
         except OSError as error:
+            if index == 0 and error.errno in _NOT_HERE:
+                return False
             seqpacket.send(control, pack(ForkFailed(ask=order.ask, detail=str(error))))
-            return
+            return True
         if pid == 0:
             mine = fds[index * each : (index + 1) * each]
             if order.courier:
@@ -131,10 +149,11 @@ def _bear(
             roles.live_as_runner(order.runners[index], mine, parent, supervisor, tasks)
         failpoints.hit("zygote.born")
         _announce(control, Forked(ask=order.ask, index=index, pid=pid), pid)
+    return True
 
 
 def _announce(control: socket.socket, message: Message, pid: int) -> None:
-    """Tell the supervisor of a child while this process is its parent: its pid cannot be another's yet."""
+    """Tell the supervisor of a child that it does not know, so does not reap: its pid cannot be another's yet."""
     pidfd = os.pidfd_open(pid)
     seqpacket.send(control, pack(message), (pidfd,))
     os.close(pidfd)

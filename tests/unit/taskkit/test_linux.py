@@ -279,3 +279,31 @@ def test_input_on_a_socket_raises_a_signal() -> None:
         signal.signal(signal.SIGUSR1, old)
         left.close()
         right.close()
+
+
+def test_a_sibling_is_a_child_of_the_parent_and_a_whole_interpreter() -> None:
+    code = """
+import signal, threading
+reader, writer = os.pipe()
+me = os.getpid()
+if (child := os.fork()) == 0:
+    hooks = []
+    os.register_at_fork(before=lambda: hooks.append("before"), after_in_child=lambda: hooks.append("child"))
+    pid = linux.fork_sibling()
+    if pid == 0:
+        signal.signal(signal.SIGUSR1, lambda *_: hooks.append("raised"))
+        signal.raise_signal(signal.SIGUSR1)
+        signal.pthread_kill(threading.get_ident(), signal.SIGUSR1)
+        thread = threading.Thread(target=hooks.append, args=("thread",))
+        thread.start()
+        thread.join()
+        print(os.getppid() == me, threading.get_native_id() == os.getpid(), *hooks, flush=True)
+        os._exit(7)
+    os.write(writer, str(pid).encode())
+    os._exit(0)
+os.waitpid(child, 0)
+pid, status = os.waitpid(int(os.read(reader, 20)), 0)
+print(os.waitstatus_to_exitcode(status))
+"""
+    said = forked(code).stdout.split("\n")
+    assert said[:2] == ["True True before child raised raised thread", "7"]
