@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any, Final, TypeVar
+import contextlib
+import functools
+from collections.abc import Hashable
+from typing import Any, Final, TypeVar, cast
 
 import msgpack
 import msgspec
@@ -61,6 +64,11 @@ def unpack(data: bytes, expected: type[_M] | Any) -> _M:
       CorruptFrame: the bytes are no msgpack.
       UnexpectedMessage: they are, but of another shape.
     """
+    with contextlib.suppress(
+        ValueError, RecursionError
+    ):  # msgspec's errors are ValueErrors; below is said what is wrong
+        decoded: _M = _decoder(cast("Hashable", expected)).decode(data)
+        return decoded
     try:
         # Lengths are bounded by the data itself: msgpack refuses an array header larger than what follows.
         value = msgpack.unpackb(data, raw=False, strict_map_key=False)
@@ -76,6 +84,11 @@ def unpack(data: bytes, expected: type[_M] | Any) -> _M:
     except (msgspec.ValidationError, RecursionError) as error:
         raise UnexpectedMessage(str(error)) from error
     return message
+
+
+@functools.cache
+def _decoder(expected: Hashable) -> msgspec.msgpack.Decoder[Any]:
+    return msgspec.msgpack.Decoder(expected)
 
 
 def pack_runner_frame(message: RunnerMessage, seq: int, limit: int = MAX_FRAME) -> bytes:

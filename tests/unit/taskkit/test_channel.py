@@ -263,3 +263,27 @@ async def test_the_peer_sees_our_end_after_what_had_left(pair: Pair, deadline: L
         assert await pair.read() == (pack(Beat()), [])
         await trio.lowlevel.wait_readable(pair.peer)
     assert seqpacket.receive(pair.peer) is None
+
+
+async def test_what_is_there_is_taken_in_at_once_and_returned_one_by_one(pair: Pair) -> None:
+    for number in range(100):
+        seqpacket.send(pair.peer, pack(Start(run=str(number), attempt=1, token="t", task="t.f")))
+    seqpacket.send(pair.peer, b"\xc1")
+    assert pair.channel.is_calm
+    for number in range(100):
+        message, _ = await pair.channel.receive()
+        assert message.run == str(number)
+        assert pair.channel.size == len(pack(message))
+    with pytest.raises(RemoteWireError):
+        await pair.channel.receive()
+
+
+async def test_what_was_taken_in_is_neither_calm_nor_leaked_at_the_end(pair: Pair) -> None:
+    for _ in range(3):
+        fd = os.dup(2)
+        seqpacket.send(pair.peer, pack(Link()), (fd,))
+        os.close(fd)
+    _, fds = await pair.channel.receive()
+    seqpacket.close_all(fds)
+    assert not pair.channel.is_calm, "whoever hands the socket over would hand over less than has come"
+    pair.channel.close()
