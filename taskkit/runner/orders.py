@@ -7,8 +7,9 @@ import select
 import signal
 import socket
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from types import FrameType
+from typing import Final
 
 import anyio
 
@@ -22,6 +23,10 @@ from taskkit.wire.messages import Cancel, Create, Input, Order, Retire, Start, T
 #: Announces input on the orders socket while a synchronous task runs. SIGIO is what the kernel uses for this, and
 #: ordinary programs leave it alone.
 _ORDER_SIGNAL = signal.SIGIO
+
+#: Orders to start that are recognised when they are repeated. A new gateway repeats what is open: as many as a shared
+#: process has at most.
+_REMEMBERED: Final = 100_000
 
 
 class Orders:
@@ -38,7 +43,7 @@ class Orders:
         sock.setblocking(False)
         self._sock = sock
         self._waiting: deque[Start | Create] = deque()
-        self._seen: set[str] = set()
+        self._seen: dict[str, None] = {}
         self._cancelled: set[str] = set()
         self._taken_back: deque[str] = deque()
         self._mail: dict[str, Mail] = {}
@@ -67,9 +72,11 @@ class Orders:
     def _sort(self, order: Order) -> None:
         if isinstance(order, Start):
             if order.token not in self._seen:
-                self._seen.add(order.token)
+                self._seen[order.token] = None
                 self._waiting.append(order)
                 self._mail[order.token] = Mail()
+                if len(self._seen) > _REMEMBERED:
+                    del self._seen[next(iter(self._seen))]
         elif isinstance(order, Create):
             self._waiting.append(order)
         elif isinstance(order, Cancel):
@@ -108,6 +115,10 @@ class Orders:
     def forget(self, token: str) -> None:
         """An attempt has ended."""
         self._mail.pop(token, None)
+
+    def cancelled(self, tokens: Set[str]) -> Set[str]:
+        """Return those of `tokens` whose attempts are to stop; it takes no longer for many that are not."""
+        return tokens & self._cancelled
 
     def next_nowait(self) -> Start | Create | None:
         """Return the next order that has arrived, or None."""
