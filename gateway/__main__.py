@@ -124,8 +124,7 @@ async def _obey(channel: Channel[Orders], engine: Engine, nursery: trio.Nursery)
         if isinstance(message, RunnerUp):
             engine.runner_up(message, fds)
         elif isinstance(message, Exited):
-            engine.book.runner_exited(message.runner, message.cause)
-            engine.wake()
+            engine.runner_exited(message)
         elif isinstance(message, Expired):
             engine.expired(message)
         elif isinstance(message, Link):

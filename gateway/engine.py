@@ -46,6 +46,7 @@ from taskkit.wire.messages import (
     Answer,
     Created,
     Drained,
+    Exited,
     Expired,
     Message,
     Notes,
@@ -67,6 +68,10 @@ _RETRY: Final = (0.1, 1.0)
 
 #: Seconds that a store which takes nothing is given at the end: one more try of _RETRY.
 _STALLED_FLUSH: Final = 1.2
+
+#: Seconds until a dead runner that had nothing to do is let go, if no round comes before. Of a process per run each
+#: would cost a round and a commit of its own.
+_FAREWELL: Final = 0.02
 
 #: Seconds between rounds that only wait for time to pass, at most.
 _LONGEST_SLEEP: Final = 3600.0
@@ -134,6 +139,8 @@ class Engine:
         self._control = control
         self._requests: list[_Request] = []
         self._pipes = Pipes(book, lines_per_second=settings.limits.output_lines_per_second)
+        self._sleep = trio.CancelScope()
+        self._look_at = math.inf
         self._round_over = trio.Event()
         self._acceptance = Acceptance(self)
         self.courier = CourierLink(self)
@@ -153,6 +160,11 @@ class Engine:
     def wake(self) -> None:
         """Something is there for the next round."""
         self._pipes.wake()
+
+    def wake_within(self, seconds: float) -> None:
+        """There is something for the next round, which comes no later than this."""
+        self._look_at = min(self._look_at, trio.current_time() + seconds)
+        self._sleep.deadline = min(self._sleep.deadline, self._look_at)
 
     async def decide(self, decide: Callable[[], Any]) -> Any:
         """Have `decide` called in the next round; return its result when that round is committed.
@@ -376,6 +388,15 @@ class Engine:
             self.book.retire([message.spec.id])
         self.wake()
 
+    def runner_exited(self, message: Exited) -> None:
+        """A runner has died. One that had nothing to do keeps nobody waiting: the next round lets it go."""
+        self.book.runner_exited(message.runner, message.cause)
+        runner = self.book.runners.get(message.runner)
+        if runner is None or runner.tokens:
+            self.wake()
+        else:
+            self.wake_within(_FAREWELL)
+
     def expired(self, message: Expired) -> None:
         """The deadline of an attempt in a shared process has passed."""
         told = (message.runner, message.token, message.kind)
@@ -407,9 +428,12 @@ class Engine:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self.attendance.run)
             while True:
-                # In one task, with one descriptor to wait for: a turn of the loop costs 25 µs.
-                with trio.move_on_after(self._patience()):
+                until = min(self._look_at, trio.current_time() + self._patience())
+                self._sleep = trio.CancelScope(deadline=until)
+                with self._sleep:
+                    # In one task, with one descriptor to wait for: a turn of the loop costs 25 µs.
                     await self._pipes.wait()
+                self._look_at = math.inf
                 await self._round()
 
     def _patience(self) -> float:

@@ -14,7 +14,7 @@ import trio
 
 from gateway.store.protocol import StoreError
 from gateway.store.rows import RunRow
-from gateway.submission import Submission, parse_submission
+from gateway.submission import ON_THE_SPOT, Submission, parse_submission
 from taskkit import failpoints
 from taskkit.channel import Channel
 from taskkit.errors import NotWritable, RemoteWireError, SubmitError
@@ -113,7 +113,7 @@ class CourierLink:
             for other in fds:
                 socket.close(other)
             if isinstance(message, Submit):
-                nursery.start_soon(self._submit, channel, message)
+                nursery.start_soon(self._submit, channel, message, channel.size)
             elif isinstance(message, Told):
                 self._told(message)
                 self._refill(nursery)
@@ -125,10 +125,13 @@ class CourierLink:
 
     # --- outbox rows ---------------------------------------------------------------------------------------
 
-    async def _submit(self, channel: Channel[Incoming], message: Submit) -> None:
+    async def _submit(self, channel: Channel[Incoming], message: Submit, size: int) -> None:
         try:
-            # In a thread: checking 600 KB of arguments takes a second, and streams must not wait for it.
-            submission = await trio.to_thread.run_sync(self._submission, message)
+            if size <= ON_THE_SPOT:
+                submission = self._submission(message)
+            else:
+                # In a thread: checking 600 KB of arguments takes a second, and streams must not wait for it.
+                submission = await trio.to_thread.run_sync(self._submission, message)
             run, _ = await self._engine.submit(submission)
         except SubmitError as error:
             detail = "; ".join([str(error), *(f"{name}: {text}" for name, text in error.errors.items())])
@@ -189,7 +192,7 @@ class CourierLink:
             self._sent.pop(no, None)
             del self._numbers[message.run]
         self._engine.book.told(message.run, no, message.version)
-        self._engine.wake()
+        self._engine.wake_within(_PACE)  # not a round and a commit for each
 
     def _refill(self, nursery: trio.Nursery) -> None:
         """Have more read from the store when so many have been told that there is room for them."""

@@ -103,11 +103,14 @@ class Plan:
 
     # --- runs -----------------------------------------------------------------------------------------------
 
-    def changed(self, run: RunRow) -> None:
-        """Write a run as it is when this round is committed, and tell Django."""
+    def changed(self, run: RunRow, *, full: bool = True) -> None:
+        """Write a run as it is when this round is committed, and tell Django.
+
+        Without `full` a power cut may undo it: enough where what it undoes would be done again.
+        """
         run.version += 1
         self.batch.changed[run.no] = run
-        self.batch.full = True
+        self.batch.full |= full
         self._untold.add(run)
         self.picture(run)
 

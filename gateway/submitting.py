@@ -20,7 +20,15 @@ from gateway.resource import answer
 from gateway.snapshot import Accepted, accepted, urls
 from gateway.store.protocol import StoreError
 from gateway.store.rows import RunRow
-from gateway.submission import FIELDS, REPLAY_FIELDS, Submission, body_digest, parse_submission, replay_of
+from gateway.submission import (
+    FIELDS,
+    ON_THE_SPOT,
+    REPLAY_FIELDS,
+    Submission,
+    body_digest,
+    parse_submission,
+    replay_of,
+)
 from taskkit import failpoints, tokens
 from taskkit.errors import (
     Forbidden,
@@ -42,11 +50,6 @@ MAX_KEY: Final = 200  # characters of an Idempotency-Key
 
 #: Seconds to answer a full queue or an absent database with, when nobody knows better.
 RETRY_AFTER: Final = 1.0
-
-#: Bytes of a body that are checked on the spot. The schema's validator takes about 9 microseconds an item
-#: (measured), so 1 KiB of `[1,1,1 …` holds the streams up for 5 ms; 1 MiB would for seconds. A larger body is
-#: checked in a thread, which costs 0.1 ms and gives the loop its turn every 5 ms (sys.getswitchinterval).
-ON_THE_SPOT: Final = 1024
 
 IDEMPOTENCY_KEY: Final = Header(
     "Idempotency-Key",

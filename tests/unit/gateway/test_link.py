@@ -126,6 +126,7 @@ async def test_every_change_is_told_until_it_is_confirmed(tmp_path: Path) -> Non
             assert told.version == 2
             courier.channel.send(Told(run=run.id, version=2))
             await g.until(lambda: not g.engine.book.untold)
+        await g.engine.flush()
     async with gate(tmp_path) as g:
         assert not g.engine.book.untold
 
