@@ -26,7 +26,7 @@ from gateway.grants import Grants
 from gateway.inputs import Inputs
 from gateway.ordering import Ordering
 from gateway.output import Line
-from gateway.pace import DEPTH, PATIENCE, Paces
+from gateway.pace import PATIENCE, Paces
 from gateway.plan import Plan
 from gateway.state import After, OpenAttempt, RunnerState
 from gateway.store.rows import AttemptRow, Batch, KeyRow, Opened, RunRow
@@ -375,7 +375,7 @@ class Book:
         takers = [
             runner for runner in self.runners.values() if runner.spec.pool == pool and runner.takes_ahead
         ]
-        for depth in range(1, DEPTH):
+        for depth in range(1, self._paces.depth(run.task)):
             for runner in takers:
                 # The last run of a process is given when it is free: behind it the process is retired.
                 if len(runner.tokens) != depth or runner.seat.left <= 1 or self._is_stuck(runner):
@@ -522,7 +522,8 @@ class Book:
         if run.cancelling:  # before it had begun, when only giving it back was asked for
             self._order.cancel(row)
         self._plan.say(run, "run.started", now, attempt=row.number, runner=row.runner, pid=row.pid)
-        self._plan.changed(run)
+        # After a power cut it may count as not begun, and is performed once more: with on_lost="retry" it is anyway.
+        self._plan.changed(run, full=run.on_lost != "retry")
 
     def _finished(self, message: Finished, now: float) -> None:
         attempt = self.attempts[message.token]
@@ -560,11 +561,6 @@ class Book:
         self.batch.changed_attempts.append(row)
         del self.attempts[row.token]
         self.tally.attempts[ending.value] += 1
-        if row.started_at is not None:
-            if ending in (Ending.RETURNED, Ending.RAISED):
-                self._paces.ended(attempt.run.task, now - row.started_at)
-            else:
-                self._paces.unsettled(attempt.run.task)
         runner = self.runners.get(row.runner)
         if runner is not None:
             runner.progressed = self.moment
@@ -573,7 +569,17 @@ class Book:
             runner.runs_done += 1
             runner.last_ending = ending.value
             self._order.see_off(runner)
-        self._plan.tell(Disarm(runner=row.runner, token=row.token))
+        if attempt.run.timeout is not None or attempt.run.cancelling:  # others have no deadline
+            self._plan.tell(Disarm(runner=row.runner, token=row.token))
+
+    def _note_pace(self, attempt: OpenAttempt, ending: Ending, finished: Finished | None) -> None:
+        row = attempt.row
+        if finished is None or row.started_at is None or ending not in (Ending.RETURNED, Ending.RAISED):
+            self._paces.unsettled(attempt.run.task)
+        elif finished.seconds is not None:
+            self._paces.ended(attempt.run.task, finished.seconds)
+        elif row.ended_at is not None:  # as it looks from here, in steps of rounds
+            self._paces.ended(attempt.run.task, row.ended_at - row.started_at)
 
     def _end_attempt(
         self,
@@ -589,6 +595,7 @@ class Book:
             ending = Ending.LOST
         self._close_attempt(attempt, ending, now, cause=cause, failure=failure)
         run = attempt.run
+        self._note_pace(attempt, ending, finished)
         if ending is Ending.LOST:
             run.counted -= 1
         run.crashes += ending is Ending.CRASHED

@@ -15,9 +15,13 @@ QUICK: Final = 0.005
 #: Runs in a row that have to be known before a task is taken for quick.
 KNOWN: Final = 8
 
-#: Runs that a process has at once, at most: the one it performs, and those that wait there. With two processes 16 a
-#: round, so that a commit costs each a tenth of a millisecond.
-DEPTH: Final = 8
+#: Seconds of work that a process has at once: as much as it can do during a round whose commit takes long (a disk that
+#: others write to as well). Whatever comes next waits as long at most.
+WORK: Final = 0.04
+
+#: Runs that a process has at once, whatever they take: the one it performs, and those that wait there. With two
+#: processes 128 a round, so that a commit costs each a hundredth of a millisecond.
+DEPTH: Final = 64
 
 #: Seconds without a sign of progress after which a runner gives back what it has not begun.
 PATIENCE: Final = 0.1
@@ -43,6 +47,11 @@ class Paces:
     def unsettled(self, task: str) -> None:
         """Nothing is known of the task any more: it was slow, or its process died."""
         self._known.pop(task, None)
+
+    def depth(self, task: str) -> int:
+        """Return how many runs of a quick task a process may have at once."""
+        _, average = self._known.get(task, (0, QUICK))
+        return min(DEPTH, int(WORK / max(average, WORK / DEPTH)))
 
     def is_quick(self, task: str) -> bool:
         """Whether its next run will presumably be over in no time."""

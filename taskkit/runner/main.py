@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+import time
 from dataclasses import dataclass
 
 import anyio
+import msgspec
 from anyio.abc import TaskGroup
 
 from taskkit import failpoints
@@ -20,6 +22,7 @@ from taskkit.runner.encode import failure_of
 from taskkit.runner.leftovers import end_children
 from taskkit.runner.limits import limit_memory
 from taskkit.runner.orders import Orders
+from taskkit.runner.rehearsal import rehearse
 from taskkit.wire.messages import Create, Created, Finished, GivenBack, Hello, RunnerSpec, Start, Started
 
 
@@ -59,6 +62,8 @@ class Runner:
             if self._spec.concurrency > 1:
                 anyio.run(self._serve_shared, backend=self._spec.loop)
             else:
+                if self._spec.role == "runner":
+                    rehearse(self._spec, self._orders)
                 self._serve_single()
         except OSError:
             return LOST_DESCRIPTORS  # user code has closed what we speak through; the supervisor names it
@@ -80,6 +85,7 @@ class Runner:
                 end_children()
 
     def _attempt_alone(self, start: Start) -> None:
+        began = time.monotonic()
         attempt = self._begin(start)
         if isinstance(attempt, Finished):
             self._end(attempt)
@@ -92,7 +98,7 @@ class Runner:
                     finished = perform_sync(attempt)
             except RunCancelled:  # it came after the task's last line
                 finished = attempt.cancelled()
-        self._end(finished)
+        self._end(msgspec.structs.replace(finished, seconds=time.monotonic() - began))
 
     async def _alone_in_loop(self, attempt: Attempt) -> Finished:
         scope = anyio.CancelScope()
@@ -136,9 +142,8 @@ class Runner:
         return self._orders.retired or self._orders.closed
 
     def _cancel_told(self, scopes: dict[str, anyio.CancelScope]) -> None:
-        for token, scope in scopes.items():
-            if self._orders.is_cancelled(token):
-                scope.cancel()
+        for token in self._orders.cancelled(scopes.keys()):
+            scopes[token].cancel()
 
     def _start_shared(self, group: TaskGroup, start: Start, scopes: dict[str, anyio.CancelScope]) -> None:
         attempt = self._begin(start)

@@ -224,7 +224,8 @@ class Progress(Message, frozen=True):
 class Finished(Message, frozen=True):
     """The attempt has ended by itself: "returned", "raised" or "cancelled".
 
-    `result` is JSON, or None with `blob`. `retry_in` is what the task's `backoff` wants, in seconds.
+    `result` is JSON, or None with `blob`. `retry_in` is what the task's `backoff` wants, in seconds. `seconds` is what
+    the attempt took, where nothing else was performed meanwhile.
     """
 
     token: str
@@ -235,6 +236,7 @@ class Finished(Message, frozen=True):
     sha256: str = ""
     failure: TaskFailure | None = None
     retry_in: float | None = None
+    seconds: float | None = None
 
 
 class Created(Message, frozen=True):
@@ -286,7 +288,7 @@ class Fork(Message, frozen=True):
 
 
 class Forked(Message, frozen=True):
-    """One child lives; its pidfd comes along. Sent by the intermediate process, while it is the parent."""
+    """One child lives; its pidfd comes along. Sent before the supervisor knows of it, so while nobody reaps it."""
 
     ask: int
     index: int

@@ -676,8 +676,8 @@ def test_a_start_carries_everything_and_its_deadline_goes_first() -> None:
 
 
 def test_a_returned_attempt_ends_the_run_with_its_result() -> None:
-    desk = Desk()
-    run, token = desk.start()
+    desk = Desk(runs=3)
+    run, token = desk.start(timeout=9.0)
     desk.say(Finished(token=token, ending="returned", result=b'{"x":1}'), at=6.0)
     assert run.status is RunStatus.SUCCESSFUL
     ((name, data),) = desk.events()
@@ -687,8 +687,11 @@ def test_a_returned_attempt_ends_the_run_with_its_result() -> None:
     assert (data["_run"], data["_attempt"], data["_timestamp"]) == (run.id, 1, "1970-01-01T00:00:06Z")
     assert desk.book.after.ended == [run.no]
     assert Disarm(runner="r1", token=token) in desk.book.after.control
+    _, other = desk.start()
+    desk.say(Finished(token=other, ending="returned"), at=7.0)
+    assert not any(isinstance(told, Disarm) and told.token == other for told in desk.book.after.control)
     assert desk.runner.last_ending == "returned"
-    assert desk.runner.runs_done == 1
+    assert desk.runner.runs_done == 2
     assert desk.book.find(run.id) is None
 
 

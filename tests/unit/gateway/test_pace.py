@@ -13,7 +13,7 @@ def quick(desk: Desk) -> None:
     """Let the book know that t.f is quick."""
     for _ in range(KNOWN):
         _, token = desk.start()
-        desk.say(Finished(token=token, ending="returned"), at=5.001)
+        desk.say(Finished(token=token, ending="returned", seconds=0.0001), at=5.001)
     desk.book.take()
 
 
@@ -39,6 +39,22 @@ def test_a_task_is_quick_when_enough_is_known_of_it() -> None:
     for _ in range(10):
         paces.ended("t.f", QUICK * 2)
     assert not paces.is_quick("t.f")
+
+
+def test_a_process_has_as_many_as_it_can_do_in_a_round() -> None:
+    paces = Paces()
+    for seconds, depth in ((0.0, DEPTH), (0.004, 10)):
+        for _ in range(60):
+            paces.ended("t.f", seconds)
+        assert paces.depth("t.f") == depth
+
+
+def test_what_the_runner_says_of_the_time_counts_and_not_what_rounds_take() -> None:
+    desk = Desk(runs=1_000)
+    for _ in range(KNOWN):
+        _, token = desk.start()
+        desk.say(Finished(token=token, ending="returned", seconds=0.0001), at=6.0)
+    assert desk.book._paces.is_quick("t.f")
 
 
 def test_one_slow_run_makes_it_unknown_again() -> None:
@@ -95,7 +111,10 @@ def test_what_was_given_ahead_is_taken_back_from_a_process_that_is_busy() -> Non
     desk.book.moment += 2 * PATIENCE
     desk.book.claim(5.0)
     _, after = desk.book.take()
-    assert after.orders == [("r1", TakeBack(tokens=tokens[1:]))]
+    ((runner, order),) = after.orders
+    assert runner == "r1"
+    assert isinstance(order, TakeBack)
+    assert sorted(order.tokens) == sorted(tokens[1:])
     assert desk.book.next_look() is None
     desk.book.claim(5.0)
     assert desk.book.take()[1].orders == [], "it is asked once"
