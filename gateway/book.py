@@ -90,6 +90,7 @@ class Book:
         }
         self.moment = moment
         self._next_no = opened.next_no
+        self._newest_id = opened.newest_id
         self._sources = dict(opened.sources)
         self.runs: dict[int, RunRow] = {}
         self.attempts: dict[str, OpenAttempt] = {}
@@ -171,6 +172,13 @@ class Book:
         no = self._by_id.get(id)
         return None if no is None else self.runs[no]
 
+    def is_new(self, id: str) -> bool:
+        """Whether no run can have this id: ids begin with their time, and it is above all that there have been.
+
+        False says nothing: two processes that submit at once are not in order, and clocks step.
+        """
+        return id > self._newest_id
+
     def has_ended(self, id: str) -> bool:
         """Whether this run has ended a moment ago: a submission that asked the store before may not know it."""
         return id in self._ended
@@ -212,6 +220,7 @@ class Book:
         if run.replay_of is not None:
             self.casualties.released(run.replay_of)
         self._next_no += 1
+        self._newest_id = max(self._newest_id, run.id)
         self._remember(run)
         self.queues.add(run, now)
         self.untold.add(run)

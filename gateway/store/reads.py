@@ -110,6 +110,7 @@ def opened(connection: sqlite3.Connection) -> Opened:
         inputs=_all(connection, "input", INPUT_COLUMNS, InputRow, "run, number"),
         more_untold=ended == MAX_UNTOLD,
         gaps=get_gaps(connection),
+        newest_id=connection.execute("SELECT coalesce(max(id), '') FROM run").fetchone()[0],
     )
 
 

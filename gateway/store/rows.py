@@ -310,6 +310,7 @@ class Opened:
       attempts: open attempts (no ending).
       sources: newest stored frame number by runner.
       next_no, next_pos: first free numbers.
+      newest_id: the greatest id of a run: one above it is new. Above all of them where that is not known.
       breakers: record of the circuit breaker by name of the task.
       quarantined: the newest runs in quarantine that nobody has released, oldest first.
       tickets, revocations: all that have not been removed.
@@ -328,6 +329,7 @@ class Opened:
     inputs: list[InputRow] = field(default_factory=list)
     more_untold: bool = False
     gaps: list[tuple[int, int]] = field(default_factory=list)
+    newest_id: str = "~"
 
 
 @dataclass(slots=True, kw_only=True)

@@ -225,6 +225,32 @@ async def test_a_retry_with_the_same_id_is_the_same_run(tmp_path: Path, runners:
         assert (late.no, late.status) == (first.no, RunStatus.SUCCESSFUL)
 
 
+async def test_the_store_is_asked_only_about_ids_that_may_be_known(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    read = SqliteStore.runs_by_id
+
+    async def asks(self: SqliteStore, ids: Sequence[str]) -> dict[str, RunRow]:
+        asked.extend(ids)
+        return await read(self, ids)
+
+    monkeypatch.setattr(SqliteStore, "runs_by_id", asks)
+    early, first, second = sorted(new_run_id() for _ in range(3))
+    async with gate(tmp_path) as g:
+        for id in (first, second):
+            run = await g.submit(id=id)
+            await g.engine.cancel(run, None)
+    assert asked == []
+    async with gate(tmp_path) as g:  # after a restart, too: it is the store that knows
+        for id in (first, second):
+            assert (await g.engine.submit(submission(id=id)))[1]
+        assert not (await g.engine.submit(submission(id=early)))[1]
+        assert asked == [first, second, early]
+        await g.submit()
+        assert asked == [first, second, early]
+
+
 @pytest.mark.parametrize("key", ["k", None])
 async def test_submissions_at_the_same_time_make_one_run(tmp_path: Path, key: str | None) -> None:
     async with gate(tmp_path) as g:

@@ -92,12 +92,13 @@ def test_opened_finds_open_runs_and_those_django_does_not_know(
     assert found.attempts == attempts[:1]
     assert found.sources == {"r1": 12}
     assert (found.next_no, found.next_pos) == (5, 6)
+    assert found.newest_id == "run-4"
 
 
 def test_an_empty_store_begins_at_one(db: sqlite3.Connection) -> None:
     found = reads.opened(db)
     assert (found.runs, found.attempts, found.sources) == ({}, [], {})
-    assert (found.next_no, found.next_pos) == (1, 1)
+    assert (found.next_no, found.next_pos, found.newest_id) == (1, 1, "")
 
 
 def test_attempts_come_oldest_first_with_what_changed(writer: Writer, db: sqlite3.Connection) -> None:
