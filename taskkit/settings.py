@@ -7,6 +7,7 @@ Pure: it reads neither Django nor the environment; callers hand in plain data. T
 from __future__ import annotations
 
 import difflib
+import functools
 import ipaddress
 import json
 import os
@@ -317,8 +318,7 @@ def from_environment(environment: Mapping[str, str]) -> dict[str, Any]:
     """
     _refuse_unknown(environment)
     found: dict[str, Any] = {}
-    for field in msgspec.structs.fields(Settings):
-        name = ENVIRONMENT_PREFIX + field.encode_name
+    for name, field in _variables().items():
         if name not in environment:
             continue
         text = environment[name]
@@ -332,9 +332,15 @@ def from_environment(environment: Mapping[str, str]) -> dict[str, Any]:
     return found
 
 
+@functools.cache
+def _variables() -> dict[str, msgspec.structs.FieldInfo]:
+    """Return the fields by their variables. Evaluating their annotations takes 0.5 ms, and every submission asks."""
+    return {ENVIRONMENT_PREFIX + field.encode_name: field for field in msgspec.structs.fields(Settings)}
+
+
 def _refuse_unknown(environment: Mapping[str, str]) -> None:
     """Refuse a mistyped variable: passed over, it would leave the default in force without a word."""
-    known = [ENVIRONMENT_PREFIX + field.encode_name for field in msgspec.structs.fields(Settings)]
+    known = list(_variables())
     for name in sorted(name for name in environment if name.startswith(ENVIRONMENT_PREFIX)):
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)

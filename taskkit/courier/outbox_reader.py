@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Collection
-from typing import Final
+from typing import Any, Final
 
 import msgspec
 from django.db import connections
-from django.db.models import F
+from django.db.models import F, QuerySet
 
 from taskkit.errors import LocalWireError, NotWritable, QueueFull
 from taskkit.models import Outbox
@@ -25,9 +26,11 @@ def read(using: str, excluded: Collection[str], limit: int) -> tuple[list[Submit
     Args:
       excluded: ids that were sent and wait for their answer.
     """
-    pending = Outbox.objects.using(using).filter(state=Outbox.State.PENDING).exclude(id__in=list(excluded))
+    pending = _pending(using)
+    if excluded:
+        pending = pending.exclude(id__in=list(excluded))
     submissions, refusals = [], []
-    for id_, payload in pending.order_by("id").values_list("id", "payload")[:limit]:
+    for id_, payload in pending[:limit]:
         try:
             submissions.append(_submission(str(id_), payload, using))
         except (msgspec.ValidationError, LocalWireError, TypeError) as error:
@@ -35,6 +38,13 @@ def read(using: str, excluded: Collection[str], limit: int) -> tuple[list[Submit
                 Submitted(id=str(id_), code="invalid-submission", error=f"malformed outbox entry: {error}")
             )
     return submissions, refusals
+
+
+@functools.cache
+def _pending(using: str) -> QuerySet[Outbox, tuple[Any, Any]]:
+    """Return a query that is never evaluated itself: to put it together takes longer than to ask it."""
+    pending = Outbox.objects.using(using).filter(state=Outbox.State.PENDING)
+    return pending.order_by("id").values_list("id", "payload")
 
 
 def _submission(id_: str, payload: object, using: str) -> Submit:
