@@ -13,6 +13,7 @@ from typing import Final
 from taskkit.registry import TaskDefinition
 from taskkit.runner.attempt import Attempt, perform_sync
 from taskkit.runner.emitter import Emitter
+from taskkit.runner.inbox import Mail
 from taskkit.runner.orders import Orders
 from taskkit.signals import ANNOUNCE
 from taskkit.wire.codec import pack, unpack
@@ -44,7 +45,7 @@ def _rehearse(spec: RunnerSpec, orders: Orders) -> None:
         emitter = Emitter(nowhere, spec.pipe_size, -1)
         start: Start = unpack(pack(Start(run="", attempt=1, token="", task=ANNOUNCE)), Order)
         emitter.send(Started(token=start.token))
-        attempt = Attempt(start, _TASK, emitter, spec)
+        attempt = Attempt(start, _TASK, emitter, spec, Mail())
         emitter.send(Event(token=start.token, type="", data=b"{}"))
         with orders.interrupting(start.token, emitter):
             finished = perform_sync(attempt)
