@@ -23,10 +23,11 @@ from starlette.types import ASGIApp
 from gateway.app import build_app
 from gateway.auth import Authenticator
 from gateway.book import Book
+from gateway.bounds import ServeLimits
 from gateway.engine import Engine
 from gateway.fanout import Hub
 from gateway.retention import Retention
-from gateway.serve import ServeLimits, serve
+from gateway.serve import serve
 from gateway.store.protocol import StoreError
 from gateway.store.rows import Opened
 from gateway.store.sqlite import SqliteStore

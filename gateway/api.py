@@ -20,12 +20,13 @@ from gateway.describing import SIGHT_OF_ALL, Description, Reply, document, names
 from gateway.documents import EventPage, Ready, Runners, Stats, Tasks
 from gateway.face import Engine
 from gateway.fields import Field, body_schema, read, seconds
-from gateway.following import wait_for_end
+from gateway.following import is_over, wait_for_end
 from gateway.granting import Granting
 from gateway.keeping import Keeping
 from gateway.leaving import watched
 from gateway.multiplex import Multiplex
 from gateway.operating import Operating
+from gateway.pages import read_page
 from gateway.reach import limit_to_reach, reaches
 from gateway.reading import (
     Parameters,
@@ -41,7 +42,7 @@ from gateway.roster import measure
 from gateway.selection import wants
 from gateway.store.protocol import Store, StoreError
 from gateway.store.rows import AttemptRow, OutputRow, RunFilter, RunRow
-from gateway.stream import BUSY, RENDERINGS, RunStream, Wish, is_over, read_page
+from gateway.stream import BUSY, RENDERINGS, RunStream, Wish
 from gateway.submitting import Submitting
 from gateway.telling import Telling
 from taskkit.errors import Forbidden, InvalidArguments, UnknownTask

@@ -249,3 +249,10 @@ async def wait_for_end(store: Store, hub: Hub, run: RunRow, client: Client, seco
             # A run that the hub does not know yet cannot wake anybody: look again after a while.
             look = deadline if subscription.tail is not None else min(deadline, now + POLL)
             await client.wait(subscription.wait_end, look)
+
+
+def is_over(run: RunRow, cursor: Cursor) -> bool:
+    """Whether nothing can follow `cursor`: the run has finished, and the client has all of it."""
+    if not (run.status.is_terminal and run.tail > 0 and cursor.is_of(run.epoch)):
+        return False
+    return cursor.resolve(run.tail) >= run.tail

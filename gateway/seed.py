@@ -16,12 +16,12 @@ from gateway.api import read_cursor, result_of
 from gateway.auth import Authenticator
 from gateway.describing import Description, Reply, choice
 from gateway.face import Engine
-from gateway.following import wait_for_end
+from gateway.following import is_over, wait_for_end
 from gateway.leaving import watched
 from gateway.reading import Refusal, asks_for
 from gateway.resource import Resource, answer
 from gateway.store.rows import RunRow
-from gateway.stream import BUSY, HEADERS, RunStream, Wish, is_over
+from gateway.stream import BUSY, HEADERS, RunStream, Wish
 from gateway.submission import row_submission
 from taskkit.errors import NotWritable
 from taskkit.lifecycle import RunStatus

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import logging
 import random
 import resource
@@ -20,7 +21,9 @@ from hypercorn.trio.worker_context import WorkerContext
 from starlette.types import ASGIApp
 
 from gateway import problems
-from gateway.connection import Connection, Peer, ServeLimits, reset
+from gateway.bounds import ServeLimits, Service
+from gateway.connection import Connection, Peer, reset
+from gateway.hangups import Hangups
 from gateway.tally import DoorTally
 
 __all__ = ["Peer", "ServeLimits", "serve"]
@@ -87,15 +90,17 @@ async def serve(
     Raises:
       ExceptionGroup: of an OSError, when a socket in `sockets` does not listen. The caller's fault.
     """
-    server = _Server(app, limits, state, door or DoorTally())
-    async with trio.open_nursery() as nursery:
-        server.nursery = nursery
-        try:
-            await server.accept_until(shutdown, sockets, task_status)
-            await server.drain(grace)
-        finally:
-            server.abort()
-            nursery.cancel_scope.cancel()
+    with Hangups() as hangups:
+        server = _Server(app, limits, state, door or DoorTally(), hangups)
+        async with trio.open_nursery() as nursery:
+            server.nursery = nursery
+            nursery.start_soon(hangups.run)
+            try:
+                await server.accept_until(shutdown, sockets, task_status)
+                await server.drain(grace)
+            finally:
+                server.abort()
+                nursery.cancel_scope.cancel()
 
 
 class _Pace:
@@ -117,14 +122,19 @@ class _Pace:
 class _Server:
     """The connections of one `serve` call."""
 
-    def __init__(self, app: ASGIApp, limits: ServeLimits, state: Mapping[str, Any], door: DoorTally) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        limits: ServeLimits,
+        state: Mapping[str, Any],
+        door: DoorTally,
+        hangups: Hangups,
+    ) -> None:
         self.nursery: trio.Nursery
         self._door = door
-        self._app = app
+        self._hangups = hangups
         self._limits = limits
-        self._state = state
-        self._config = _config(limits)
-        self._context = WorkerContext(None)
+        self._service = Service(app, _config(limits), WorkerContext(None), limits, state)
         self._room = _room(limits.connections)
         self._pace = _Pace(limits.accepts_per_second)
         self._open: set[Connection] = set()
@@ -147,7 +157,7 @@ class _Server:
 
     async def drain(self, grace: float) -> None:
         """End idle connections, give the others `grace` seconds."""
-        await self._context.terminated.set()
+        await self._service.context.terminated.set()
         for connection in tuple(self._open):
             connection.drain()
         with trio.move_on_after(grace):
@@ -160,7 +170,10 @@ class _Server:
     def abort(self) -> None:
         """Reset what is left, so that not even a write under its shield goes on."""
         for connection in tuple(self._open):
+            parked = connection.parked
             connection.abort()
+            if parked:
+                self._over(connection)
         for sock in tuple(self._refusing):
             reset(sock)
 
@@ -196,11 +209,31 @@ class _Server:
         except OSError:
             sock.close()  # reset while it waited in the backlog
             return
-        connection = Connection(self._app, sock, self._config, self._context, self._limits, self._state)
+        connection = Connection(self._service, sock, self)
         self._open.add(connection)
         self._door.accepted += 1
         self._door.open += 1
         self.nursery.start_soon(self._run, connection)
+
+    # --- what parked connections want (gateway.parking) -------------------------------------------------------
+
+    def watch(self, connection: Connection) -> None:
+        """Notice when its client hangs up."""
+        self._hangups.watch(connection.socket.fileno(), functools.partial(self._hung_up, connection))
+
+    def forget(self, connection: Connection) -> None:
+        """Look no longer."""
+        self._hangups.forget(connection.socket.fileno())
+
+    def resume(self, connection: Connection) -> None:
+        """Give it a task again."""
+        self.nursery.start_soon(self._run, connection)
+
+    def _hung_up(self, connection: Connection) -> None:
+        connection.hang_up()
+        self._over(connection)
+
+    # --- one connection -------------------------------------------------------------------------------------
 
     async def _run(self, connection: Connection) -> None:
         """Run one connection behind its bulkhead: hypercorn's own server ends with the first that raises."""
@@ -209,9 +242,13 @@ class _Server:
         except* Exception as errors:  # a cancellation among them goes on upwards
             logger.error("a connection failed, the others go on", exc_info=errors)
         finally:
-            self._open.discard(connection)
-            self._door.open -= 1
-            self._gone.set()
+            if connection.parked is None:
+                self._over(connection)
+
+    def _over(self, connection: Connection) -> None:
+        self._open.discard(connection)
+        self._door.open -= 1
+        self._gone.set()
 
     def _refuse(self, sock: trio.socket.SocketType) -> None:
         self._door.refused += 1

@@ -6,25 +6,27 @@ cancellation inside a send (see gateway.leaving). Source of the headers: CONTRAC
 
 from __future__ import annotations
 
+import functools
 import logging
 import random
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Final, Generic, Protocol, TypeVar
 
-import msgspec
 import trio
 from starlette.types import Receive, Scope, Send
 
 from gateway import sse
+from gateway.broadcast import HEARTBEAT_SECONDS as HEARTBEAT_SECONDS
+from gateway.broadcast import Seat
 from gateway.connection import Peer
-from gateway.documents import EventPage
-from gateway.fanout import Entry, Hub, Subscription
-from gateway.following import Follower, Line, Piece, Reset
+from gateway.fanout import Hub, Subscription
+from gateway.following import Follower, Piece
 from gateway.lagging import READS, Lag, Pace, Portion
 from gateway.leaving import Client, watched
+from gateway.rendering import RENDER, type_of
 from gateway.selection import wants
 from gateway.sessions import Session
 from gateway.sse import Cursor, Origin
@@ -32,10 +34,6 @@ from gateway.store.protocol import Store, StoreError
 from gateway.store.rows import RunRow
 
 logger = logging.getLogger(__name__)
-
-#: Seconds of silence before a comment: below the 55 to 60 s after which common proxies close (nginx, ALB,
-#: Heroku).
-HEARTBEAT_SECONDS: Final = 15.0
 
 #: Seconds a stream lives, less or more a fifth, so that streams opened together do not reconnect together.
 #: Precedent: Mercure's 600 s, randomised.
@@ -47,10 +45,6 @@ CHUNK: Final = 64 * 1024
 #: Seconds before a store that does not answer is asked again, with the stream held open: a native EventSource
 #: would not come back from an error status.
 STORE_PAUSE: Final = 1.0
-
-#: Seconds for which a page looks for an event that it may show, though it need not wait. Half a million small events
-#: are read in that time; whoever gets an empty page goes on at its `next`.
-PAGE_SECONDS: Final = 1.0
 
 HEADERS: Final = (
     (b"cache-control", b"no-store, no-transform"),
@@ -65,46 +59,6 @@ BUSY: Final = "With too many open, events are `stream.busy` alone, and when to c
 
 #: What a stream can be rendered as, the default first: `curl -N` says `*/*`.
 RENDERINGS: Final = (sse.EVENT_STREAM, sse.JSON, sse.NDJSON, sse.PLAIN)
-
-
-def _as_sse(piece: Piece | Lag, run: str) -> bytes:
-    if isinstance(piece, Reset):
-        return sse.reset_event(piece.start, piece.reason, piece.epoch)
-    return piece.sse if isinstance(piece, Entry) else sse.event_bytes(*_parts(piece, run))
-
-
-def _as_ndjson(piece: Piece | Lag, run: str) -> bytes:
-    return sse.ndjson_line(*_parts(piece, run))
-
-
-def _as_text(piece: Piece | Lag, run: str) -> bytes:
-    if isinstance(piece, Entry):
-        return sse.plain_text(piece.row.data)
-    return sse.plain_line(piece.row.text) if isinstance(piece, Line) else b""
-
-
-def _parts(piece: Piece | Lag, run: str) -> tuple[str | None, str, bytes]:
-    """Return id, type and data of a piece."""
-    if isinstance(piece, Entry):
-        return piece.id, piece.row.type, piece.row.data
-    if isinstance(piece, Line):
-        return piece.id, "log", piece.data(run)
-    if isinstance(piece, Lag):
-        return None, "stream.lag", sse.lag_data(piece.skipped, run)
-    return piece.id, "stream.reset", sse.reset_data(piece.start, piece.reason)
-
-
-def _type_of(piece: Piece) -> str:
-    if isinstance(piece, Entry):
-        return piece.row.type
-    return "log" if isinstance(piece, Line) else "stream.reset"
-
-
-_RENDER: Final[dict[str, Callable[[Piece | Lag, str], bytes]]] = {
-    sse.EVENT_STREAM: _as_sse,
-    sse.NDJSON: _as_ndjson,
-    sse.PLAIN: _as_text,
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,6 +150,7 @@ class EventStream(ABC, Generic[_Piece]):
         self._last: _Piece | None = None
         self._told = ""  # the cursor as the client has it
         self._peer: Peer | None = None
+        self._ends_at = 0.0
 
     @abstractmethod
     def _open(self) -> AbstractContextManager[Source[_Piece]]:
@@ -215,56 +170,65 @@ class EventStream(ABC, Generic[_Piece]):
         Raises:
           TooManyStreams: its token has as many open as it may; nothing was sent.
         """
-        with self._wish.session as session:
-            await self._serve(session, scope, receive, send)
-
-    async def _serve(self, session: Session, scope: Scope, receive: Receive, send: Send) -> None:
-        await send({"type": "http.response.start", "status": 200, "headers": self._headers()})
-        if scope["method"] == "HEAD":
-            await send({"type": "http.response.body", "body": b""})
-            return
-        if self._rendering.controls:
-            # The first bytes leave before anything is read: they tell client and proxies that this works.
-            greeting = sse.HEARTBEAT + sse.retry(random.randint(1000, 3000))
-            await send({"type": "http.response.body", "body": greeting, "more_body": True})
-        async with watched(receive) as client:
-            session.on_end(client.dismiss)
+        with ExitStack() as held:
+            held.enter_context(self._wish.session)
+            await send({"type": "http.response.start", "status": 200, "headers": self._headers()})
+            if scope["method"] == "HEAD":
+                await send({"type": "http.response.body", "body": b""})
+                return
+            if self._rendering.controls:
+                # The first bytes leave before anything is read: they tell client and proxies that this works.
+                greeting = sse.HEARTBEAT + sse.retry(random.randint(1000, 3000))
+                await send({"type": "http.response.body", "body": greeting, "more_body": True})
             self._peer = scope.get("state", {}).get("peer")
-            farewell = await self._follow(client, send)
-        if not client.gone:
+            self._ends_at = self._end_of_life()
+            self._silent_since = trio.current_time()
+            source = held.enter_context(self._open())
+            # Whoever began with what is new has no cursor yet, and would begin so again.
+            self._told = source.cursor if self._wish.cursor.origin is Origin.AFTER else ""
+            await self._speak(source, held, receive, send)
+
+    async def _speak(self, source: Source[_Piece], held: ExitStack, receive: Receive, send: Send) -> None:
+        """Send what there is until the stream ends, or is parked with what it holds."""
+        async with watched(receive) as client:
+            self._wish.session.on_end(client.dismiss)
+            farewell = await self._follow(source, client, send)
+        if farewell is None:
+            self._park(source, held.pop_all())
+        elif not client.gone:
             await send({"type": "http.response.body", "body": farewell})
 
     def _headers(self) -> list[tuple[bytes, bytes]]:
         return [(b"content-type", self._rendering.content_type), *HEADERS]
 
-    def _ends_at(self) -> float:
+    def _end_of_life(self) -> float:
         life = float("inf") if self._wish.life is None else self._wish.life * random.uniform(0.8, 1.2)
         return trio.current_time() + max(0.0, min(life, self._wish.expires_in))
 
-    async def _follow(self, client: Client, send: Send) -> bytes:
-        """Send everything until the stream ends; return the bytes to end it with."""
-        ends_at = self._ends_at()
-        self._silent_since = trio.current_time()
-        with self._open() as source:
-            # Whoever began with what is new has no cursor yet, and would begin so again.
-            self._told = source.cursor if self._wish.cursor.origin is Origin.AFTER else ""
-            while True:
-                pieces, wait = await self._read(source)
-                await self._deliver(await self._shown(source, pieces), source, client, send)
-                if client.gone or client.dismissed or source.done or trio.current_time() >= ends_at:
-                    return b""
-                if source.closing:
-                    return sse.retry(random.randint(*self._hub.farewell)) if self._rendering.controls else b""
-                if not pieces:
-                    until = min(ends_at, self._silent_since + HEARTBEAT_SECONDS)
-                    if not await self._ride(source, client, until):
-                        await self._wait(client, wait, until)
-                # Also while there is something to read: it may all be filtered out.
-                await self._break_silence(source, client, send)
+    async def _follow(self, source: Source[_Piece], client: Client, send: Send) -> bytes | None:
+        """Send everything until the stream ends; return the bytes to end it with, or None: it is to be parked."""
+        while True:
+            pieces, wait = await self._read(source)
+            await self._deliver(await self._shown(source, pieces), source, client, send)
+            if client.gone or client.dismissed or source.done or trio.current_time() >= self._ends_at:
+                return b""
+            if source.closing:
+                return sse.retry(random.randint(*self._hub.farewell)) if self._rendering.controls else b""
+            # Also while there is something to read: it may all be filtered out.
+            await self._break_silence(source, client, send)
+            if not pieces:
+                if wait is not _pause and self._can_park(source):
+                    return None
+                until = min(self._ends_at, self._silent_since + HEARTBEAT_SECONDS)
+                await self._wait(client, wait, until)
 
-    async def _ride(self, source: Source[_Piece], client: Client, until: float) -> bool:
-        """Have what comes next written by somebody else (gateway.broadcast); return whether that was possible."""
+    def _can_park(self, source: Source[_Piece]) -> bool:
+        """Whether what comes next can be written by somebody else (gateway.broadcast)."""
         return False
+
+    def _park(self, source: Source[_Piece], held: ExitStack) -> None:
+        """Leave what comes next to somebody else; `held` is to be closed at the end."""
+        raise NotImplementedError
 
     async def _read(self, source: Source[_Piece]) -> tuple[Sequence[_Piece], Callable[[], Any]]:
         """Return what is next, and what to wait for when that is nothing."""
@@ -338,6 +302,9 @@ class RunStream(EventStream[Piece]):
     def __init__(self, store: Store, hub: Hub, run: RunRow, wish: Wish) -> None:
         super().__init__(hub, wish, f"run {run.id}")
         self._subscription: Subscription
+        self._source: Follower
+        self._held: ExitStack
+        self._seat: Seat | None = None
         self._store = store
         self._run = run
 
@@ -348,81 +315,63 @@ class RunStream(EventStream[Piece]):
                 self._store, self._subscription, self._run, self._wish.cursor, output=self._wish.output
             )
 
-    async def _ride(self, source: Source[Piece], client: Client, until: float) -> bool:
-        """Ride while the bytes are the same for everybody, and the client keeps up with them."""
+    def _can_park(self, source: Source[Piece]) -> bool:
+        """Whether the bytes are the same for everybody: then it rides as long as the client keeps up with them."""
         assert isinstance(source, Follower)
-        wish, peer = self._wish, self._peer
+        wish = self._wish
         plain = wish.rendering == sse.EVENT_STREAM and not wish.output and wish.types is None
-        if peer is None or not (plain and source.is_live and self._hub.broadcast.enabled):
-            return False
-        with self._hub.broadcast.seat(self._run.no, self._subscription, source.after, peer) as seat:
-            await client.wait(seat.ride, until)
-        source.after = seat.after
-        self._told = source.cursor
-        self._silent_since = max(self._silent_since, seat.written_at)
-        if seat.rest is not None and not client.gone:
-            await peer.write(seat.rest)
-        self._pace.level(trio.current_time())
-        return True
+        return plain and self._peer is not None and source.is_live and self._hub.broadcast.enabled
+
+    def _park(self, source: Source[Piece], held: ExitStack) -> None:
+        assert self._peer is not None
+        assert isinstance(source, Follower)
+        self._source, self._held = source, held
+        self._peer.park(self)
+
+    @property
+    def framed(self) -> bool:
+        """Whether the response is chunked."""
+        return self._peer is not None and self._peer.http_version != "1.0"
+
+    def board(self, fd: int, wake: Callable[[], None]) -> None:
+        """Ride, until something is to be said that is not for everybody."""
+        self._seat = Seat(
+            self._run.no,
+            self._subscription,
+            self._source.after,
+            framed=self.framed,
+            ends_at=self._ends_at,
+            off=wake,
+        )
+        self._wish.session.on_end(functools.partial(self._hub.broadcast.throw_off, self._seat))
+        self._hub.broadcast.board(self._seat, fd)
+
+    async def resume(self, receive: Receive, send: Send) -> None:
+        """Go on behind what was written to the seat."""
+        seat, source = self._seat, self._source
+        assert seat is not None
+        assert self._peer is not None
+        with self._held as held:
+            source.after = seat.after
+            self._told = source.cursor
+            self._silent_since = max(self._silent_since, seat.written_at)
+            if seat.rest is not None:
+                await self._peer.write(seat.rest)
+            self._pace.level(trio.current_time())
+            await self._speak(source, held, receive, send)
+
+    def abandon(self) -> None:
+        """Let go of everything."""
+        if self._seat is not None:
+            self._hub.broadcast.leave(self._seat)
+        self._held.close()
 
     def _type_of(self, piece: Piece) -> str:
-        return _type_of(piece)
+        return type_of(piece)
 
     def _render(self, piece: Piece | Lag) -> bytes:
-        return _RENDER[self._wish.rendering](piece, self._run.id)
+        return RENDER[self._wish.rendering](piece, self._run.id)
 
 
 async def _pause() -> None:
     await trio.sleep(STORE_PAUSE)
-
-
-async def read_page(
-    store: Store,
-    hub: Hub,
-    run: RunRow,
-    cursor: Cursor,
-    client: Client,
-    *,
-    output: bool,
-    limit: int,
-    wait: float,
-    types: frozenset[str] | None = None,
-) -> EventPage:
-    """Return a page of a stream.
-
-    Waits up to `wait` seconds for the first event of `types`. At most `limit` events and 64 KiB of data, unless the
-    first alone exceeds that. `next` is the cursor of the page that follows, behind what is not of `types` as well;
-    `ended`: none will. A page that does not wait is no subscriber of the run.
-
-    Raises:
-      StoreError: the disk does not answer.
-    """
-    now = trio.current_time()
-    with hub.attach(run.no, run.epoch, counted=wait > 0) as subscription:
-        follower = Follower(store, subscription, run, cursor, output=output)
-        following = follower.position
-        while True:
-            pieces = await follower.read()
-            following = pieces[-1].id if pieces else following
-            shown = [piece for piece in pieces if wants(types, _type_of(piece))]
-            # What is filtered out is read on through, wait or not, as long as a store may take for a page.
-            patience = max(wait, PAGE_SECONDS) if pieces else wait
-            over = follower.done or client.gone or subscription.closing
-            if shown or over or trio.current_time() >= now + patience:
-                break
-            if not pieces:
-                await client.wait(follower.wait, now + wait)
-    told = [(piece.id, *_parts(piece, run.id)[1:]) for piece in shown[:limit]]
-    hub.tally.delivered += len(told)
-    return {
-        "events": [{"id": id, "type": type, "data": msgspec.Raw(data or b"null")} for id, type, data in told],
-        "next": told[-1][0] if len(shown) > limit else following,
-        "ended": follower.done and len(shown) <= limit,
-    }
-
-
-def is_over(run: RunRow, cursor: Cursor) -> bool:
-    """Whether nothing can follow `cursor`: the run has finished, and the client has all of it."""
-    if not (run.status.is_terminal and run.tail > 0 and cursor.is_of(run.epoch)):
-        return False
-    return cursor.resolve(run.tail) >= run.tail

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import random
 import socket
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -15,7 +15,7 @@ import trio
 import trio.testing
 
 from gateway import sse
-from gateway.broadcast import TURN, Seat
+from gateway.broadcast import HEARTBEAT_SECONDS, LOOK, TURN, Seat
 from gateway.fanout import Hub, Subscription
 from gateway.store.rows import EventRow
 from tests.streams import SseDecoder
@@ -52,15 +52,43 @@ class Client:
         self.theirs.close()
 
 
-@dataclass
-class Sink:
-    """An outlet that takes everything."""
+class Rider:
+    """A subscriber on its ride; a context manager. `seat.off` sets `off`."""
 
-    descriptor: int
-    http_version: str = "1.1"
+    def __init__(
+        self,
+        world: World,
+        subscription: Subscription,
+        fd: int,
+        *,
+        framed: bool,
+        after: int = 0,
+        life: float = math.inf,
+    ) -> None:
+        self._broadcast = world.hub.broadcast
+        self._fd = fd
+        self.off = trio.Event()
+        ends_at = trio.current_time() + life
+        self.seat = Seat(RUN, subscription, after, framed=framed, ends_at=ends_at, off=self.off.set)
 
-    def fileno(self) -> int:
-        return self.descriptor
+    def __enter__(self) -> Rider:
+        self._broadcast.board(self.seat, self._fd)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._broadcast.leave(self.seat)
+
+    @property
+    def after(self) -> int:
+        return self.seat.after
+
+    @property
+    def rest(self) -> memoryview | None:
+        return self.seat.rest
+
+    async def ride(self) -> None:
+        """Return when it has to go on by itself."""
+        await self.off.wait()
 
 
 def unchunked(data: bytes) -> bytes:
@@ -93,8 +121,11 @@ class World:
             rows.append(EventRow(self.tail, RUN, self.tail, 1, type, data, 0.0))
         self.hub.publish(RUN, rows)
 
-    def seat(self, subscription: Subscription, client: Client, after: int = 0) -> Seat:
-        return self.hub.broadcast.seat(RUN, subscription, after, client)
+    def seat(
+        self, subscription: Subscription, client: Client, after: int = 0, life: float = math.inf
+    ) -> Rider:
+        framed = client.http_version != "1.0"
+        return Rider(self, subscription, client.fileno(), framed=framed, after=after, life=life)
 
 
 @pytest.fixture
@@ -106,11 +137,11 @@ def clients() -> Iterator[list[Client]]:
 
 
 @asynccontextmanager
-async def broadcasting(fast_path: bool = True) -> AsyncIterator[World]:
+async def broadcasting(fast_path: bool = True, patience: float = 20.0) -> AsyncIterator[World]:
     world = World(fast_path)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(world.hub.broadcast.run)
-        with trio.fail_after(20):
+        with trio.fail_after(patience):
             yield world
         nursery.cancel_scope.cancel()
 
@@ -235,16 +266,17 @@ async def test_without_the_fast_path_nobody_rides(clients: list[Client]) -> None
             world.say(b"1")
             await seat.ride()
             assert (seat.after, clients[0].read()) == (0, b"")
+            assert world.hub.broadcast.riders == 0
 
 
 @pytest.fixture
-def sink() -> Iterator[Sink]:
-    """Give an outlet to /dev/null."""
+def sink() -> Iterator[int]:
+    """Give a descriptor that takes everything."""
     with Path("/dev/null").open("wb") as file:
-        yield Sink(file.fileno())
+        yield file.fileno()
 
 
-async def test_others_have_their_turn_among_many_riders(sink: Sink) -> None:
+async def test_others_have_their_turn_among_many_riders(sink: int) -> None:
     turns = 0
 
     async def count() -> None:
@@ -255,7 +287,7 @@ async def test_others_have_their_turn_among_many_riders(sink: Sink) -> None:
 
     async with broadcasting() as world, trio.open_nursery() as nursery:
         with world.hub.attach(RUN) as subscription:
-            seats = [world.hub.broadcast.seat(RUN, subscription, 0, sink) for _ in range(TURN * 6)]
+            seats = [Rider(world, subscription, sink, framed=True) for _ in range(TURN * 6)]
             with contextlib.ExitStack() as stack:
                 for seat in seats:
                     stack.enter_context(seat)
@@ -296,7 +328,7 @@ async def test_union_is_exact_whatever_the_sockets_take(clients: list[Client], r
                 entries = subscription.batch(after, 65536) or []
                 if entries:
                     data = b"".join(entry.sse for entry in entries)
-                    await write(sse.chunk(data) if seat.framed else data)
+                    await write(sse.chunk(data) if seat.seat.framed else data)
                     after = entries[-1].offset
 
     async def read(client: Client) -> None:
@@ -319,3 +351,94 @@ async def test_union_is_exact_whatever_the_sockets_take(clients: list[Client], r
         assert offsets(data if client.http_version == "1.0" else unchunked(data)) == list(range(1, total + 1))
     assert world.hub.broadcast.deliveries > total / 10
     assert world.hub.broadcast.shortfalls > 0
+
+
+async def test_silence_is_broken_for_all_who_ride(
+    clients: list[Client], autojump_clock: trio.testing.MockClock
+) -> None:
+    clients += [Client("1.0"), Client("1.1")]
+    async with broadcasting(patience=1_000.0) as world:
+        with (
+            world.hub.attach(RUN) as subscription,
+            world.seat(subscription, clients[0]),
+            world.seat(subscription, clients[1]),
+        ):
+            await trio.sleep(HEARTBEAT_SECONDS - 1)
+            world.say(b"1")
+            await trio.sleep(HEARTBEAT_SECONDS - 1)
+            assert clients[0].read().count(sse.HEARTBEAT) == 0, "something was said"
+            await trio.sleep(2)
+            assert clients[0].read().endswith(b"\n\n" + sse.HEARTBEAT)
+            assert clients[1].read().endswith(sse.chunk(sse.HEARTBEAT))
+            await trio.sleep(HEARTBEAT_SECONDS * 2)
+            assert clients[0].read().count(sse.HEARTBEAT) == 3
+
+
+async def test_a_rider_goes_on_alone_when_its_time_is_over(
+    clients: list[Client], autojump_clock: trio.testing.MockClock
+) -> None:
+    clients += [Client("1.0"), Client("1.0"), Client("1.0")]
+    async with broadcasting(patience=1_000.0) as world:
+        with (
+            world.hub.attach(RUN) as subscription,
+            world.seat(subscription, clients[0], life=300.0) as late,
+            world.seat(subscription, clients[1], life=5.0) as soon,
+            world.seat(subscription, clients[2], life=100.0) as later,
+        ):
+            began = trio.current_time()
+            for rider, life in ((soon, 5.0), (later, 100.0), (late, 300.0)):
+                await rider.ride()
+                assert life <= trio.current_time() - began <= life + 2 * LOOK
+
+
+async def test_a_full_socket_gets_no_heartbeat_and_goes_on_alone(
+    clients: list[Client], autojump_clock: trio.testing.MockClock
+) -> None:
+    clients.append(Client("1.0", buffer=2048))
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            clients[0].ours.send(b":" * 1024)
+    async with broadcasting() as world:
+        with world.hub.attach(RUN) as subscription, world.seat(subscription, clients[0]) as rider:
+            await rider.ride()
+            assert rider.rest is None
+
+
+async def test_one_rider_of_a_run_waits_for_a_turn_of_another_run_at_most(sink: int) -> None:
+    """Whoever speaks to a crowd holds nobody up who listens to something else."""
+    other = 2
+    async with broadcasting() as world:
+        world.hub.opened(other, 0)
+        with (
+            world.hub.attach(RUN) as crowded,
+            world.hub.attach(other) as quiet,
+            contextlib.ExitStack() as stack,
+        ):
+            crowd = [stack.enter_context(Rider(world, crowded, sink, framed=True)) for _ in range(TURN * 8)]
+            alone = Seat(other, quiet, 0, framed=True, ends_at=math.inf, off=lambda: None)
+            world.hub.broadcast.board(alone, sink)
+            stack.callback(world.hub.broadcast.leave, alone)
+            world.say(b"1")
+            world.hub.publish(other, [EventRow(9, other, 1, 1, "tick", b"1", 0.0)])
+            while alone.after == 0:
+                await trio.lowlevel.checkpoint()
+            # A turn, then its own; the rest is what was written until this task has heard of it.
+            assert sum(rider.after for rider in crowd) <= TURN * 3
+            while crowd[-1].after == 0:
+                await trio.lowlevel.checkpoint()
+
+
+async def test_who_waits_for_a_turn_gets_all_that_was_said_meanwhile(sink: int) -> None:
+    async with broadcasting() as world:
+        with world.hub.attach(RUN) as subscription, contextlib.ExitStack() as stack:
+            crowd = [
+                stack.enter_context(Rider(world, subscription, sink, framed=True)) for _ in range(TURN * 3)
+            ]
+            world.say(b"1")
+            while crowd[0].after == 0:
+                await trio.lowlevel.checkpoint()
+            world.say(b"2")
+            while not all(rider.after == 2 for rider in crowd):
+                await trio.lowlevel.checkpoint()
+            assert world.hub.broadcast.events == len(crowd) * 2
+            assert world.hub.broadcast.deliveries < len(crowd) * 2
