@@ -20,10 +20,12 @@ import setproctitle
 import trio
 from starlette.types import ASGIApp
 
+from gateway import bounds
 from gateway.app import build_app
 from gateway.auth import Authenticator
 from gateway.book import Book
 from gateway.bounds import ServeLimits
+from gateway.direct import Direct
 from gateway.engine import Engine
 from gateway.fanout import Hub
 from gateway.retention import Retention
@@ -202,7 +204,7 @@ async def _live(
         nursery.start_soon(hub.broadcast.run)
         nursery.start_soon(_beat, channel.send, settings.limits.gateway_beat_seconds)
         await engine.flush()  # what was lost with the last supervisor is on disk before anybody can ask
-        service = _Service(app, listener, settings, door)
+        service = _Service(app, listener, settings, door, Direct(engine, authenticator).stream_of)
         await nursery.start(service.run)
         nursery.start_soon(retention.run)
         failpoints.hit("gateway.serving")
@@ -235,8 +237,16 @@ def serve_limits(limits: LimitSettings) -> ServeLimits:
 class _Service:
     """The HTTP server, with its end."""
 
-    def __init__(self, app: ASGIApp, listener: socket.socket, settings: Settings, door: DoorTally) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        listener: socket.socket,
+        settings: Settings,
+        door: DoorTally,
+        direct: bounds.Direct,
+    ) -> None:
         self._app = app
+        self._direct = direct
         self._door = door
         self._listener = listener
         self._limits = serve_limits(settings.limits)
@@ -253,6 +263,7 @@ class _Service:
             grace=_CLOSE_SECONDS,
             state={},
             door=self._door,
+            direct=self._direct,
             task_status=task_status,
         )
         self._over.set()

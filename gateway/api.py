@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
@@ -14,7 +13,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from gateway import queries, snapshot, sse
-from gateway.auth import Authenticator, require_sight_of_all
+from gateway.auth import Authenticator, require_sight_of_all, seconds_left
 from gateway.batch import Batching
 from gateway.describing import SIGHT_OF_ALL, Description, Reply, document, names
 from gateway.documents import EventPage, Ready, Runners, Stats, Tasks
@@ -182,7 +181,7 @@ class Api:
         headers = {} if seconds is None else {"Preference-Applied": f"wait={seconds:.0f}"}
         if seconds and not run.status.is_terminal and request.method != "HEAD":
             async with watched(request.receive) as client:
-                wait = min(seconds, _left(claims))
+                wait = min(seconds, seconds_left(claims))
                 run = await wait_for_end(self._engine.store, self._engine.hub, run, client, wait)
             self._authenticator.recheck(claims)
         if run.result_expired:
@@ -221,7 +220,7 @@ class Api:
             types |= {"log"}
         run = await self._visible(request, claims)
         if rendering == sse.JSON:
-            page = await self._page(request, run, cursor, query, output, types, _left(claims))
+            page = await self._page(request, run, cursor, query, output, types, seconds_left(claims))
             self._authenticator.recheck(claims)
             return page
         if is_over(run, cursor):
@@ -232,7 +231,7 @@ class Api:
             session=self._authenticator.sessions.new(claims),
             output=output or (rendering == sse.PLAIN and claims.may("logs") and wants(types, "log")),
             types=types,
-            expires_in=_left(claims),
+            expires_in=seconds_left(claims),
         )
         return RunStream(self._engine.store, self._engine.hub, run, wish)
 
@@ -412,11 +411,6 @@ async def _answers(store: Store) -> bool:
             return False
         return True
     return False
-
-
-def _left(claims: Claims) -> float:
-    """Return the seconds that a token is still valid."""
-    return max(0.0, claims.expires_at - time.time())
 
 
 def _sees_task(claims: Claims, name: str) -> bool:

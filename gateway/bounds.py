@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from hypercorn.config import Config
 from hypercorn.trio.worker_context import WorkerContext
 from starlette.types import ASGIApp
+
+if TYPE_CHECKING:
+    from gateway import plain
+
+#: The short way of some plain requests.
+Direct: TypeAlias = "Callable[[plain.Request], ASGIApp | None]"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,6 +56,7 @@ class Service:
       app: called once per request; what it raises is logged and ends the connection.
       context: its `terminated` tells that connections are not to be kept alive any more.
       state: goes into every request's `scope["state"]`, beside `peer`.
+      direct: returns the application for a plain request that need not go through `app`, else None.
     """
 
     app: ASGIApp
@@ -57,3 +64,4 @@ class Service:
     context: WorkerContext
     limits: ServeLimits
     state: Mapping[str, Any]
+    direct: Direct | None = None

@@ -191,8 +191,10 @@ class Connection:
             self.keeps = True
             answer = plain.Answer(self, framed=True)
             scope = request.scope(self, self.peer("1.1"))
+            direct = self.service.direct
+            app = (direct(request) if direct is not None else None) or self.service.app
             try:
-                await self.service.app(scope, answer.receive, answer.send)
+                await app(scope, answer.receive, answer.send)
             except Exception:
                 # The path without its query, which may hold a ticket.
                 logger.exception("the application failed in GET %s", scope["path"])

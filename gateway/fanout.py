@@ -21,7 +21,7 @@ import trio
 
 from gateway import sse
 from gateway.broadcast import Broadcast
-from gateway.store.rows import EventRow, OutputRow
+from gateway.store.rows import EventRow, OutputRow, RunRow
 from gateway.tally import StreamTally
 from gateway.watching import Watcher
 
@@ -119,11 +119,14 @@ class Ring:
 
 @dataclass(slots=True)
 class _Run:
-    """What the hub knows of one run. `tail` and `lines` are None until the engine has said a number.
+    """What the hub knows of one run.
+
+    `id` is set while its row is remembered; `tail` and `lines` are None until the engine has said a number.
 
     `attached` counts the subscriptions, which keep the ring; `subscribers` those of them that follow this very run.
     """
 
+    id: str | None = None
     tail: int | None = None
     lines: int | None = None
     open: bool = False
@@ -248,6 +251,7 @@ class Hub:
     ) -> None:
         self.broadcast = Broadcast(fast_path)
         self._runs: dict[int, _Run] = {}
+        self._rows: dict[str, RunRow] = {}
         self._published = 0
         self._touched: set[int] = set()
         self._watchers: set[Watcher] = set()
@@ -320,6 +324,7 @@ class Hub:
         if state is None:
             return
         state.open, state.ended = False, True
+        self._forget(state)
         if not state.attached:
             del self._runs[run]
         state.wake()
@@ -349,6 +354,21 @@ class Hub:
             await trio.lowlevel.checkpoint()
         else:
             await self._closing_lot.park()
+
+    def remember(self, row: RunRow) -> None:
+        """Keep the row of a run that somebody follows, as `followed` returns it."""
+        state = self._runs.get(row.no)
+        if state is not None and state.open and state.attached and state.id is None:
+            state.id = row.id
+            self._rows[row.id] = row
+
+    def followed(self, id: str) -> RunRow | None:
+        """Return a row of the run with this id if it is open, and followed; None: read it.
+
+        What does not change is right. Its tail and its number of lines are those of some earlier moment, which is as
+        good for whoever attaches to it: a subscription knows the newest ones.
+        """
+        return self._rows.get(id)
 
     def attach(
         self, run: int, epoch: int = 0, *, watcher: Watcher | None = None, counted: bool = True
@@ -398,6 +418,11 @@ class Hub:
                 self.audience.came(number)
         return state
 
+    def _forget(self, state: _Run) -> None:
+        if state.id is not None:
+            del self._rows[state.id]
+            state.id = None
+
     def _leave(self, number: int, state: _Run, watcher: Watcher | None, counted: bool) -> None:
         state.attached -= 1
         if watcher is not None:
@@ -409,5 +434,6 @@ class Hub:
         if state.attached:
             return
         state.ring = None
+        self._forget(state)
         if not state.open and self._runs.get(number) is state:
             del self._runs[number]

@@ -128,8 +128,12 @@ class Sessions:
             self._open.setdefault(_key(claims), set()).add(session)
         session.claims = claims
 
+    def has_room(self, claims: Claims) -> bool:
+        """Whether one more of this token may be opened."""
+        return len(self._open.get(_key(claims), ())) < self._limit
+
     def _check_room(self, claims: Claims) -> None:
-        if len(self._open.get(_key(claims), ())) >= self._limit:
+        if not self.has_room(claims):
             raise TooManyStreams(self._limit)
 
     def remove(self, session: Session) -> None:

@@ -13,7 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Final, Generic, Protocol, TypeVar
+from typing import Any, Final, Generic, Protocol, TypeAlias, TypeVar
 
 import trio
 from starlette.types import Receive, Scope, Send
@@ -103,6 +103,10 @@ _Piece = TypeVar("_Piece")
 _Piece_co = TypeVar("_Piece_co", covariant=True)
 
 
+#: What is next, and what to wait for when that is nothing.
+_Read: TypeAlias = tuple[Sequence[_Piece], Callable[[], Any]]
+
+
 class Source(Protocol[_Piece_co]):
     """What a stream is read from: a position that moves on (gateway.following, gateway.merging)."""
 
@@ -190,9 +194,13 @@ class EventStream(ABC, Generic[_Piece]):
 
     async def _speak(self, source: Source[_Piece], held: ExitStack, receive: Receive, send: Send) -> None:
         """Send what there is until the stream ends, or is parked with what it holds."""
+        first = await self._read(source)
+        if not first[0] and self._can_park(source) and not (source.done or source.closing):
+            self._park(source, held.pop_all())  # the usual case, for which nobody need watch the client
+            return
         async with watched(receive) as client:
             self._wish.session.on_end(client.dismiss)
-            farewell = await self._follow(source, client, send)
+            farewell = await self._follow(first, source, client, send)
         if farewell is None:
             self._park(source, held.pop_all())
         elif not client.gone:
@@ -205,10 +213,15 @@ class EventStream(ABC, Generic[_Piece]):
         life = float("inf") if self._wish.life is None else self._wish.life * random.uniform(0.8, 1.2)
         return trio.current_time() + max(0.0, min(life, self._wish.expires_in))
 
-    async def _follow(self, source: Source[_Piece], client: Client, send: Send) -> bytes | None:
-        """Send everything until the stream ends; return the bytes to end it with, or None: it is to be parked."""
+    async def _follow(
+        self, first: _Read[_Piece], source: Source[_Piece], client: Client, send: Send
+    ) -> bytes | None:
+        """Send everything, behind what was read first, until the stream ends.
+
+        Returns the bytes to end it with, or None: it is to be parked.
+        """
+        pieces, wait = first
         while True:
-            pieces, wait = await self._read(source)
             await self._deliver(await self._shown(source, pieces), source, client, send)
             if client.gone or client.dismissed or source.done or trio.current_time() >= self._ends_at:
                 return b""
@@ -217,10 +230,11 @@ class EventStream(ABC, Generic[_Piece]):
             # Also while there is something to read: it may all be filtered out.
             await self._break_silence(source, client, send)
             if not pieces:
-                if wait is not _pause and self._can_park(source):
+                if self._can_park(source):
                     return None
                 until = min(self._ends_at, self._silent_since + HEARTBEAT_SECONDS)
                 await self._wait(client, wait, until)
+            pieces, wait = await self._read(source)
 
     def _can_park(self, source: Source[_Piece]) -> bool:
         """Whether what comes next can be written by somebody else (gateway.broadcast)."""
@@ -230,7 +244,7 @@ class EventStream(ABC, Generic[_Piece]):
         """Leave what comes next to somebody else; `held` is to be closed at the end."""
         raise NotImplementedError
 
-    async def _read(self, source: Source[_Piece]) -> tuple[Sequence[_Piece], Callable[[], Any]]:
+    async def _read(self, source: Source[_Piece]) -> _Read[_Piece]:
         """Return what is next, and what to wait for when that is nothing."""
         try:
             pieces = await source.read()
@@ -311,6 +325,7 @@ class RunStream(EventStream[Piece]):
     @contextmanager
     def _open(self) -> Iterator[Follower]:
         with self._hub.attach(self._run.no, self._run.epoch) as self._subscription:
+            self._hub.remember(self._run)
             yield Follower(
                 self._store, self._subscription, self._run, self._wish.cursor, output=self._wish.output
             )
