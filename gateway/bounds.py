@@ -35,7 +35,7 @@ class ServeLimits:
         read can make us hold; 128 KiB fill 10 Mbit/s at 100 ms round trip.
 
     The backlog is that of whoever listens: pass sockets with `listen(1024)` or more. hypercorn's 100
-    overflows when all clients of a gateway come back at once (650 to 800 are accepted per second and core).
+    overflows when all clients of a gateway come back at once (some 2,000 are accepted per second and core).
     """
 
     connections: int = 10_000

@@ -1,8 +1,8 @@
 """Writes what a run says straight to the sockets of everybody who has all of it so far.
 
 Subscribers who are up to date all want the same bytes, so these are framed once and written without waiting, from one
-loop: 9 µs per delivery, 8 of them the kernel's (`python -m tests.bench fanout`), where a send through ASGI, hypercorn,
-h11 takes 60 to 100. Whoever does not take a whole write at once, and whatever is no plain event, goes back to the
+loop: 9 µs per delivery, 7 to 8 of them the kernel's (`python -m tests.bench fanout`), where a send through ASGI,
+hypercorn, h11 takes 60 to 100. Whoever does not take a whole write at once, and whatever is no plain event, goes back to the
 subscriber's own task: the slow path, which waits for its client and nobody else's. A rider has no task.
 
 Rule 1: a subscriber rides from the moment it has read everything until it falls behind; its position tells which bytes

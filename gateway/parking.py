@@ -1,4 +1,4 @@
-"""What a stream and its connection ask of each other while neither needs a task."""
+"""What a stream asks of its connection, or the other way round, while neither needs a task."""
 
 from __future__ import annotations
 

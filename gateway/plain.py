@@ -1,4 +1,4 @@
-"""Plain GETs of streams, read without a parser, and answers written without one.
+"""Plain GETs of streams, served without a parser.
 
 h11 with hypercorn's protocol around it takes 1.2 ms and four tasks for what opens a stream; this 0.1 ms and none. What
 is plain: one complete head without anything unusual, by the grammar that h11 has (RFC 9112, printable ASCII only). The

@@ -262,7 +262,9 @@ class _Server:
                 self._over(connection)
 
     def _over(self, connection: Connection) -> None:
-        self._open.discard(connection)
+        if connection not in self._open:
+            return  # reset when it was about to go on
+        self._open.remove(connection)
         self._door.open -= 1
         self._gone.set()
 

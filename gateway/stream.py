@@ -195,7 +195,8 @@ class EventStream(ABC, Generic[_Piece]):
     async def _speak(self, source: Source[_Piece], held: ExitStack, receive: Receive, send: Send) -> None:
         """Send what there is until the stream ends, or is parked with what it holds."""
         first = await self._read(source)
-        if not first[0] and self._can_park(source) and not (source.done or source.closing):
+        over = source.done or source.closing or self._wish.session.ended.is_set()
+        if not (first[0] or over or trio.current_time() >= self._ends_at) and self._can_park(source):
             self._park(source, held.pop_all())  # the usual case, for which nobody need watch the client
             return
         async with watched(receive) as client:
@@ -358,8 +359,9 @@ class RunStream(EventStream[Piece]):
             ends_at=self._ends_at,
             off=wake,
         )
-        self._wish.session.on_end(functools.partial(self._hub.broadcast.throw_off, self._seat))
         self._hub.broadcast.board(self._seat, fd)
+        # Behind it, so that a token that was taken back on the way here is noticed.
+        self._wish.session.on_end(functools.partial(self._hub.broadcast.throw_off, self._seat))
 
     async def resume(self, receive: Receive, send: Send) -> None:
         """Go on behind what was written to the seat."""
