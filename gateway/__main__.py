@@ -246,6 +246,7 @@ class _Service:
         direct: bounds.Direct,
     ) -> None:
         self._app = app
+        self._fast = settings.fast_path
         self._direct = direct
         self._door = door
         self._listener = listener
@@ -263,6 +264,7 @@ class _Service:
             grace=_CLOSE_SECONDS,
             state={},
             door=self._door,
+            fast=self._fast,
             direct=self._direct,
             task_status=task_status,
         )

@@ -56,6 +56,7 @@ class Service:
       app: called once per request; what it raises is logged and ends the connection.
       context: its `terminated` tells that connections are not to be kept alive any more.
       state: goes into every request's `scope["state"]`, beside `peer`.
+      fast: whether requests that are plain go past the parser (gateway.plain).
       direct: returns the application for a plain request that need not go through `app`, else None.
     """
 
@@ -64,4 +65,5 @@ class Service:
     context: WorkerContext
     limits: ServeLimits
     state: Mapping[str, Any]
+    fast: bool = True
     direct: Direct | None = None

@@ -2,8 +2,9 @@
 
 Subscribers who are up to date all want the same bytes, so these are framed once and written without waiting, from one
 loop: 9 µs per delivery, 7 to 8 of them the kernel's (`python -m tests.bench fanout`), where a send through ASGI,
-hypercorn, h11 takes 60 to 100. Whoever does not take a whole write at once, and whatever is no plain event, goes back to the
-subscriber's own task: the slow path, which waits for its client and nobody else's. A rider has no task.
+hypercorn, h11 takes 60 to 100. Who rides has no task. Whoever does not take a whole write at once, and whoever has
+something else to hear than events, goes on in a task of its own: the slow path, which waits for its client and nobody
+else's.
 
 Rule 1: a subscriber rides from the moment it has read everything until it falls behind; its position tells which bytes
 it has, so nothing is written twice or left out wherever it changes over.

@@ -102,6 +102,7 @@ class Connection:
       broken: whether nothing more can be written.
       closed: whether nothing more is to be written.
       parked: the stream that waits without a task, or is about to.
+      unread: whether the answer under way, or the last one, came before the end of its request.
       reading: the scope of what is read in front of an answer, or beside it.
     """
 
@@ -120,6 +121,7 @@ class Connection:
         "server",
         "service",
         "socket",
+        "unread",
     )
 
     def __init__(self, service: Service, sock: trio.socket.SocketType, home: Home) -> None:
@@ -134,6 +136,7 @@ class Connection:
         self.broken = False
         self.closed = False
         self.parked: Parked | None = None
+        self.unread = False
         self.reading = trio.CancelScope(deadline=trio.current_time() + service.limits.headers_seconds)
         self.client: tuple[str, int] | None = None
         self.server: tuple[str, int] | None = None
@@ -143,17 +146,16 @@ class Connection:
 
         Closes the socket unless a stream is parked; `Home.resume` calls this once more when that wants to go on.
         """
-        unread = False
         try:
             if self.parked is not None:
                 await self._go_on(self.parked)
             else:
                 self._look_around()
-            if self._is_open:
+            if self._is_open and self.service.fast:
                 await self._serve_plain_requests()
             if self._is_open:
-                unread = await Exchanges(self).run()
-            if self.closed and not self.broken and (unread or self.ahead):
+                await Exchanges(self).run()
+            if self.closed and not self.broken and (self.unread or self.ahead or self._has_unread_bytes()):
                 await self._linger()
         except BaseException:
             self.broken = True
@@ -202,6 +204,9 @@ class Connection:
                 self.abort()
                 raise
             self._end_answer(answer)
+            # Some thousand requests may have come at once: others have their turns between them.
+            if self.ahead and self._is_open:
+                await trio.lowlevel.checkpoint()
 
     async def _receive(self) -> bool:
         """Read something in front of a request; without anything, close."""

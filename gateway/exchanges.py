@@ -59,11 +59,8 @@ class Exchanges:
             self._send,
         )
 
-    async def run(self) -> bool:
-        """Serve requests until the connection is closed, or broken, or a stream is parked.
-
-        Returns whether the client was not through with a request when the answer was.
-        """
+    async def run(self) -> None:
+        """Serve requests until the connection is closed, or broken, or a stream is parked."""
         async with trio.open_nursery() as nursery:
             self._nursery = nursery
             await self._read()
@@ -71,12 +68,14 @@ class Exchanges:
                 if self._protocol.upgrading is not None and not self._connection.reading.cancel_called:
                     await self._serve_websocket(self._protocol.upgrading)
                 await self._protocol.handle(Closed())
-        if self._connection.parked:
-            self._connection.ahead[:0] = (
-                self._protocol.unparsed
-            )  # pipelined behind the request for the stream
-            return False
-        return self._protocol.has_unread_request or self._protocol.upgrading is not None
+        connection = self._connection
+        connection.unread = self._protocol.has_unread_request or self._protocol.upgrading is not None
+        if connection.parked and connection.unread:
+            connection.keeps = (
+                False  # what comes next is this request's body, and must not be taken for another one
+            )
+        elif connection.parked:
+            connection.ahead[:0] = self._protocol.unparsed  # pipelined behind the request for the stream
 
     # -- in ------------------------------------------------------------------------------------------------
 

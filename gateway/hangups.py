@@ -1,4 +1,4 @@
-"""Notices clients who hang up while nobody reads from them.
+"""Notices when clients hang up from whom nobody reads.
 
 One descriptor to wait for, whatever the number of clients: none of them takes a task. Bytes that a client sends
 meanwhile stay where they are, in the kernel, and stop it when that is full.

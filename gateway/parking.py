@@ -1,4 +1,4 @@
-"""What a stream asks of its connection, or the other way round, while neither needs a task."""
+"""What a stream that needs no task asks of its connection, or the other way round."""
 
 from __future__ import annotations
 

@@ -143,7 +143,7 @@ class Answer:
             name.lower() == b"content-length" for name, _ in headers
         )
         if self._framed:
-            headers.append((b"transfer-encoding", b"chunked"))
+            headers.append((b"Transfer-Encoding", b"chunked"))
         config: Config = self._connection.service.config
         headers += config.response_headers("h11")
         if any(name.lower() == b"connection" and value.lower() == b"close" for name, value in headers):

@@ -77,6 +77,7 @@ async def serve(
     grace: float,
     state: Mapping[str, Any],
     door: DoorTally | None = None,
+    fast: bool = True,
     direct: Direct | None = None,
     task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
@@ -90,13 +91,14 @@ async def serve(
     Args:
       state: goes into every request's `scope["state"]`; `peer` is added to it.
       door: connections are counted here.
-      direct: the short way of some requests (gateway.bounds.Service).
+      fast, direct: the short ways of some requests (gateway.bounds.Service).
 
     Raises:
       ExceptionGroup: of an OSError, when a socket in `sockets` does not listen. The caller's fault.
     """
     with Hangups() as hangups:
-        server = _Server(app, limits, state, door or DoorTally(), hangups, direct)
+        service = Service(app, _config(limits), WorkerContext(None), limits, state, fast, direct)
+        server = _Server(service, door or DoorTally(), hangups)
         async with trio.open_nursery() as nursery:
             server.nursery = nursery
             nursery.start_soon(hangups.run)
@@ -127,20 +129,12 @@ class _Pace:
 class _Server:
     """The connections of one `serve` call."""
 
-    def __init__(
-        self,
-        app: ASGIApp,
-        limits: ServeLimits,
-        state: Mapping[str, Any],
-        door: DoorTally,
-        hangups: Hangups,
-        direct: Direct | None,
-    ) -> None:
+    def __init__(self, service: Service, door: DoorTally, hangups: Hangups) -> None:
         self.nursery: trio.Nursery
         self._door = door
         self._hangups = hangups
-        self._limits = limits
-        self._service = Service(app, _config(limits), WorkerContext(None), limits, state, direct)
+        self._limits = limits = service.limits
+        self._service = service
         self._room = _room(limits.connections)
         self._pace = _Pace(limits.accepts_per_second)
         self._open: set[Connection] = set()

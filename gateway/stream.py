@@ -228,13 +228,13 @@ class EventStream(ABC, Generic[_Piece]):
                 return b""
             if source.closing:
                 return sse.retry(random.randint(*self._hub.farewell)) if self._rendering.controls else b""
-            # Also while there is something to read: it may all be filtered out.
-            await self._break_silence(source, client, send)
             if not pieces:
                 if self._can_park(source):
                     return None
                 until = min(self._ends_at, self._silent_since + HEARTBEAT_SECONDS)
                 await self._wait(client, wait, until)
+            # Also while there is something to read: it may all be filtered out.
+            await self._break_silence(source, client, send)
             pieces, wait = await self._read(source)
 
     def _can_park(self, source: Source[_Piece]) -> bool:

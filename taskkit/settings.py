@@ -190,7 +190,7 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, re
         per commit.
       intake_runners: runners that validate and save model tasks submitted over HTTP.
       start_on_connect: whether a GET on a seed's route may start a row that never ran.
-      fast_path: whether subscribers who are up to date are written to directly, past the HTTP library.
+      fast_path: whether plain requests for streams, subscribers who are up to date, are served past the HTTP library.
     """
 
     state_dir: str | None = None
