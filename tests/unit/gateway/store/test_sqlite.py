@@ -111,7 +111,12 @@ async def test_it_opens_where_it_was_closed(store: SqliteStore) -> None:
     await store.close()
     found = await store.open()
     assert found == Opened(
-        runs={1: run}, attempts=[samples.attempt(1)], sources={"r1": 3}, next_no=2, next_pos=10
+        runs={1: run},
+        attempts=[samples.attempt(1)],
+        sources={"r1": 3},
+        next_no=2,
+        next_pos=10,
+        newest_id=run.id,
     )
 
 
