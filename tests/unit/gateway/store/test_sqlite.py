@@ -513,7 +513,8 @@ class _Model:
         runs = {
             no: run for no, run in self.runs.items() if not run.status.is_terminal or run.version > run.told
         }
-        return Opened(runs, [], self.sources, len(self.runs) + 1, self.pos + 1)
+        newest = max((run.id for run in self.runs.values()), default="")
+        return Opened(runs, [], self.sources, len(self.runs) + 1, self.pos + 1, newest_id=newest)
 
 
 @pytest.mark.parametrize("seed", range(6))
