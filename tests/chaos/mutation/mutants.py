@@ -18,7 +18,7 @@ class Change(NamedTuple):
     new: str
 
 
-_LOOK: Final = "        data = scratch.copy(self.events, self._reach)\n"
+_LOOK: Final = "        data = scratch.copy(self.events, self._reach if self._unsynced else share)\n"
 
 _DECIDED: Final = '        pass_round("decided", batch)\n'
 
