@@ -162,6 +162,26 @@ def test_two_tasks_of_one_name_need_no_frames(tmp_path: Path) -> None:
     assert message.detail == ""
 
 
+@pytest.mark.parametrize(
+    ("loop", "pool", "wanted"),
+    [("asyncio", "asyncio", False), ("trio", "asyncio", True), (None, "trio", True)],
+)
+def test_trio_is_in_memory_only_where_a_task_may_need_it(
+    tmp_path: Path, loop: str | None, pool: str, wanted: bool
+) -> None:
+    app(tmp_path, tasks=f"from taskkit import task\n@task(loop={loop!r})\nasync def one(): pass\n")
+    name = settings(tmp_path, f"{INSTALLED}TASKKIT = {{'POOLS': {{'default': {{'loop': {pool!r}}}}}}}\n")
+    program = (
+        "import sys; from taskkit.zygote import prepare\n"
+        f"prepare.load_project({name!r}, [{str(tmp_path)!r}])\n"
+        "print('trio' in sys.modules, 'asyncio' in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=30, check=True
+    )
+    assert done.stdout.split() == [str(wanted), "True"]
+
+
 def test_a_fault_of_this_package_keeps_every_frame() -> None:
     with pytest.raises(ValueError) as caught:
         prepare._read_until_end(-1)  # what raises is a line of ours
