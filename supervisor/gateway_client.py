@@ -12,7 +12,7 @@ from typing import Final
 
 import trio
 
-from supervisor import handover
+from supervisor import firstborn, handover
 from supervisor.child import Child, spawn
 from supervisor.handover import HeldPeer
 from supervisor.hearing import hear
@@ -112,7 +112,7 @@ class Gateway:
     def pids(self) -> set[int]:
         """Of the present process and of one that waits to take over: neither is a stray."""
         waiting = set() if self._next is None else {self._next.child.pid}
-        return waiting | (set() if self.child is None else {self.child.pid})
+        return waiting | firstborn.pids() | (set() if self.child is None else {self.child.pid})
 
     def drain(self, grace: float) -> None:
         """Have this gateway, and any that follows it, claim nothing more and ask runs to stop."""
@@ -285,9 +285,12 @@ def _spawn() -> _Process:
     """Start a gateway that waits for its first message."""
     ours, theirs = linux.seqpacket_pair()
     with theirs:
-        arguments = [str(theirs.fileno()), str(os.getpid())]
+        fd, supervisor = theirs.fileno(), str(os.getpid())
         try:
-            child = spawn("gateway", "gateway", arguments, [theirs.fileno()], session=False)
+            if (pid := firstborn.take([supervisor], fd)) is not None:
+                child = Child("gateway", pid, os.pidfd_open(pid))
+            else:
+                child = spawn("gateway", "gateway", [str(fd), supervisor], [fd], session=False)
         except BaseException:
             ours.close()
             raise

@@ -93,6 +93,10 @@ def refuse() -> None:
 def main() -> int:
     """Run the command line in an environment that is fit for it; return its exit code."""
     refuse()
+    if sys.argv[1:2] == ["run"]:
+        from supervisor.image import main as image
+
+        return image()
     from supervisor.cli.main import main as command
 
     return command()

@@ -9,7 +9,13 @@ from __future__ import annotations
 import importlib
 import sys
 
-_ROOMS = ("supervisor.daemon", "supervisor.cli.main", "taskkit.wire.codec", "taskkit.tokens")
+_ROOMS = (
+    "supervisor.daemon",
+    "supervisor.image",
+    "supervisor.cli.main",
+    "taskkit.wire.codec",
+    "taskkit.tokens",
+)
 
 
 def main(argv: list[str]) -> int:

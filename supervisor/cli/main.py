@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated
 
 import typer
 
-from supervisor.cli import demo, exits, runs, token, tree, upkeep
-from supervisor.cli.output import print_error
-from taskkit.errors import SettingsError, SupervisorError, TaskkitError
+from supervisor.cli import demo, exits, foreground, runs, token, tree, upkeep
+from supervisor.cli.endings import ending_of
+from supervisor.cli.foreground import Foreground
 
 #: Plain help: rich's would cost 70 ms at every `--help`.
 app = typer.Typer(
@@ -65,33 +63,9 @@ for command in (
     app.command()(command)
 
 
-def exit_code_of(error: TaskkitError) -> int:
-    """Return the exit code for an error that ends a command."""
-    if isinstance(error, SupervisorError):
-        return error.exit_code
-    return exits.BAD_CONFIGURATION if isinstance(error, SettingsError) else exits.FAILED
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; return its exit code. Errors of ours become one message without a traceback."""
-    try:
-        app(args=None if arguments is None else list(arguments), prog_name="bulkhead")
-    except SystemExit as leaving:
-        return leaving.code if isinstance(leaving.code, int) else exits.OK
-    except TaskkitError as error:
-        print_error(str(error))
-        return exit_code_of(error)
-    except BrokenPipeError:
-        return _left_alone()
-    except OSError as error:
-        print_error(f"the system refuses: {error}")  # no room on the disk, no descriptor, no process
-        return exits.FAILED
-    except KeyboardInterrupt:
-        return exits.FAILED
-    return exits.OK
-
-
-def _left_alone() -> int:
-    """The reader has left (`| head`). The interpreter flushes once more at its end: give it a place to."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return exits.FAILED
+def main(
+    arguments: Sequence[str] | None = None, perform: Callable[[Foreground], None] = foreground.serve
+) -> int:
+    """Run one command; return its exit code. `perform` is given the tree that `run` wants."""
+    given = None if arguments is None else list(arguments)
+    return ending_of(lambda: app(args=given, prog_name="bulkhead", obj=perform))

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import json as json_module
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Final
 
-import msgspec
 import typer
 
 from supervisor import detach
 from supervisor.cli import connect, exits, operate
+from supervisor.cli.foreground import Foreground, next_steps, plain
 from supervisor.cli.options import Json, SettingsModule, StateDir
 from supervisor.cli.output import print_error, print_json, print_table, seconds
 from supervisor.cli.project import flags_of, place_demo_database, state_dir_for
@@ -63,38 +62,8 @@ def overrides(
     return {key: value for key, value in given.items() if value is not None}
 
 
-def plain(status: Status) -> dict[str, Any]:
-    """Return a status as plain data with every key, whatever its value."""
-    children = [msgspec.structs.asdict(child) for child in status.children]
-    return {**msgspec.structs.asdict(status), "children": children}
-
-
-def _next_steps(status: Status, flags: str) -> str:
-    """Return commands to copy: they find this tree from any terminal."""
-    demo = status.settings_module.startswith("bulkhead_demo")
-    words = "demo.count n=10 delay=0.5" if demo else "TASK key=value"
-    return (
-        f"Look:   bulkhead status{flags}\n"
-        f"Tasks:  bulkhead tasks{flags}\n"
-        f"Submit: bulkhead submit {words} --follow{flags}"
-    )
-
-
-def _greeting(status: Status, flags: str) -> str:
-    return (
-        f"Bulkhead runs at {status.url} (settings {status.settings_module}, pid {status.pid}).\n"
-        f"{_next_steps(status, flags)}\n"
-        "Stop:   Ctrl-C"
-    )
-
-
-def _say(text: str) -> None:
-    """Print, unless the terminal has gone: a tree must end in its order all the same."""
-    with contextlib.suppress(OSError):
-        print(text, flush=True)
-
-
 def run(
+    context: typer.Context,
     settings: SettingsModule = None,
     bind: Bind = None,
     uds: Uds = None,
@@ -105,10 +74,6 @@ def run(
     json: Json = False,
 ) -> None:
     """Run the tree in the foreground, until Ctrl-C or TERM."""
-    if ready_fd is not None:
-        os.set_inheritable(
-            ready_fd, False
-        )  # a child of the tree that held it would hide this process's death
     project = connect.choose(settings, state_dir)
     if project.demo:
         place_demo_database(state_dir)
@@ -120,24 +85,7 @@ def run(
         ready_fd=ready_fd,
         quiet=quiet,
     )
-
-    def ready(status: Status) -> None:
-        if json:
-            print_json(plain(status))
-        elif not quiet:
-            _say(_greeting(status, flags_of(project, state_dir)))
-        if config.ready_fd is not None:  # last: whoever waits for it reads the greeting in the log
-            detach.say_ready(config.ready_fd)
-
-    def stopping(_: str) -> None:
-        if not (quiet or json):
-            _say("Stopping (Ctrl-C again: at once)...")
-
-    from supervisor.daemon import serve  # trio: 0.2 s that the other commands do not need
-
-    serve(config, on_ready=ready, on_stopping=stopping)
-    if not (quiet or json):
-        _say("Stopped.")
+    context.obj(Foreground(config, flags_of(project, state_dir), json))
 
 
 def _launch(arguments: Sequence[str], cwd: str, state_dir: Path, timeout: float) -> Status:
@@ -180,7 +128,7 @@ def _report_started(status: Status, state_dir: Path, flags: str, *, json: bool) 
         print_json(plain(status))
         return
     print(f"Bulkhead runs at {status.url} (pid {status.pid}, log {state_dir / detach.LOG_NAME}).")
-    print(f"{_next_steps(status, flags)}\nStop:   bulkhead stop{flags}")
+    print(f"{next_steps(status, flags)}\nStop:   bulkhead stop{flags}")
 
 
 def start(

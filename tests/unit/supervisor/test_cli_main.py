@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from supervisor.cli import connect, exits, main, runs, tree
-from supervisor.cli.main import exit_code_of
+from supervisor.cli.endings import exit_code_of
 from taskkit import tokens
 from taskkit.errors import (
     AddressInUse,
@@ -249,6 +249,50 @@ def test_help_loads_nothing_heavy() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=30, check=True
     )
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+def run_bare(*flags: str) -> subprocess.CompletedProcess[str]:
+    """Enter as the console script does, with a daemon that only says what it was given."""
+    code = (
+        f"import json, os, sys; sys.argv = {['bulkhead', 'run', *flags]!r}\n"
+        "import supervisor.daemon\n"
+        "def serve(config, on_ready, on_stopping):\n"
+        "    heavy = [m for m in ('typer', 'rich', 'httpx', 'anyio') if m in sys.modules]\n"
+        "    demo = os.environ.get('BULKHEAD_DEMO_DIR')\n"
+        "    print(json.dumps([config.settings_module, config.overrides, demo, heavy]))\n"
+        "supervisor.daemon.serve = serve\n"
+        "from supervisor.mixed import main\n"
+        "sys.exit(main())"
+    )
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=30, check=False
+    )
+
+
+def test_a_tree_keeps_nothing_of_the_command_line_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("BULKHEAD_DEMO_DIR", raising=False)
+    done = run_bare("--quiet", "--settings", "mine", "--runners", "2")
+    assert json.loads(done.stdout) == ["mine", {"POOLS": {"default": {"runners": 2}}}, None, []], done.stderr
+    assert done.returncode == exits.OK
+
+
+def test_what_the_command_line_adds_to_the_environment_reaches_the_tree(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.delenv("BULKHEAD_DEMO_DIR", raising=False)
+    done = run_bare("--quiet", "--state-dir", str(tmp_path))
+    assert json.loads(done.stdout)[2] == str(tmp_path), done.stderr
+
+
+@pytest.mark.parametrize(
+    ("flag", "code", "said"),
+    [("--help", exits.OK, "Usage"), ("--nonsense", exits.BAD_CONFIGURATION, "No such option")],
+)
+def test_what_the_command_line_answers_itself_is_the_end(flag: str, code: int, said: str) -> None:
+    done = run_bare(flag)
+    assert done.returncode == code
+    assert said in done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_a_reader_that_left_is_no_traceback() -> None:
