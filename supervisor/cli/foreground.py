@@ -71,12 +71,12 @@ def serve(wish: Foreground) -> None:
     talks = not (config.quiet or wish.json)
 
     def ready(status: Status) -> None:
-        if config.ready_fd is not None:
-            detach.say_ready(config.ready_fd)
         if wish.json:
             print_json(plain(status))
         elif talks:
             _say(_greeting(status, wish.flags))
+        if config.ready_fd is not None:  # last: whoever waits for it reads the greeting in the log
+            detach.say_ready(config.ready_fd)
 
     def stopping(_: str) -> None:
         if talks:
