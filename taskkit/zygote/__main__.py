@@ -75,6 +75,7 @@ def _prepare(control: socket.socket, options: Options) -> tuple[dict[str, TaskDe
     prepare.check_pools(tasks)
     probe = prepare.probe_database(migrate=options.migrate)
     if prepare.any_pool_forks():
+        prepare.practise()
         prepare.freeze({control.fileno()})
     return tasks, prepare.describe(options.settings_module, tasks, probe)
 

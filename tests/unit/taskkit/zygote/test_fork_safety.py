@@ -107,6 +107,14 @@ def test_what_is_frozen_is_not_collected_again(tmp_path: Path) -> None:
     assert _freeze(tmp_path, "", rest) == "frozen"
 
 
+def test_practising_leaves_nothing_that_a_fork_would_share(tmp_path: Path) -> None:
+    rest = "before = signal.getsignal(signal.SIGIO); prepare.practise(); prepare.freeze(own); "
+    assert (
+        _freeze(tmp_path, "import signal", rest + "assert signal.getsignal(signal.SIGIO) == before")
+        == "frozen"
+    )
+
+
 def test_migrations_that_are_missing_are_named_and_the_parent_opens_no_connection(tmp_path: Path) -> None:
     code = """
     from django.db import connection
