@@ -20,6 +20,7 @@ from gateway.describing import JSON, Description, Reply, description_of, documen
 from gateway.face import Engine
 from gateway.reading import TICKET, Parameters
 from gateway.resource import Resource, answer
+from gateway.telling import NAME as INPUT_NAME
 
 VERSION: Final = "3.1.0"
 
@@ -171,6 +172,8 @@ def _path_parameters(path: str) -> Iterator[dict[str, Any]]:
     for before, name in re.findall(r"([^/]*)/\{([a-z]+)\}", path):
         doc = _PLACEHOLDERS.get(name, f"Id of a {before.removesuffix('s')}.")
         schema = {"type": "string", "minLength": 1}
+        if name == "inbox":
+            schema["pattern"] = f"^{INPUT_NAME}$"
         yield {"name": name, "in": "path", "required": True, "description": doc, "schema": schema}
 
 

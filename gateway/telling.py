@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Final
 
 import msgspec
@@ -18,8 +19,8 @@ from gateway.resource import answer
 from gateway.submitting import IDEMPOTENCY_KEY, idempotency_key
 from taskkit.identifiers import parse_run_id
 
-#: Characters of an input's name.
-MAX_NAME: Final = 100
+#: What an input's name looks like.
+NAME: Final = r"[A-Za-z0-9_.:-]{1,100}"
 
 _ANYTHING: Final = {
     "type": "object",
@@ -69,8 +70,6 @@ class Telling:
 
 
 def _name(text: str) -> str:
-    if not text.isprintable() or len(text) > MAX_NAME:
-        raise Refusal(
-            "bad-parameter", f"the name of an input has at most {MAX_NAME} characters, all of them printable"
-        )
+    if not re.fullmatch(NAME, text):
+        raise Refusal("bad-parameter", "the name of an input has 1 to 100 letters, digits, or _ . : -")
     return text

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import sqlite3
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -51,24 +53,36 @@ def pull_the_plug(tree: Tree) -> None:
     assert not wait_until_gone(everybody - {psutil.Process(os.getpid())}, 5.0)
 
 
-def lose_rows(store: Path) -> None:
+def lose_rows(store: Path, seen: int) -> None:
     """Take the newest events out, as if their transactions had never reached the disk."""
     with contextlib.closing(sqlite3.connect(store)) as connection, connection:
-        ((run, tail),) = connection.execute("SELECT no, tail FROM run WHERE status = 'RUNNING'").fetchall()
-        connection.execute('DELETE FROM event WHERE run = ? AND "offset" > ?', (run, tail - 6))
-        connection.execute("UPDATE run SET tail = ? WHERE no = ?", (tail - 6, run))
+        ((run,),) = connection.execute("SELECT no FROM run WHERE status = 'RUNNING'").fetchall()
+        connection.execute('DELETE FROM event WHERE run = ? AND "offset" > ?', (run, seen - 6))
+        connection.execute("UPDATE run SET tail = ? WHERE no = ?", (seen - 6, run))
         connection.execute(
             "UPDATE sqlite_sequence SET seq = (SELECT max(pos) FROM event) WHERE name = 'event'"
         )
 
 
-def lose_frames(store: Path) -> None:
+def lose_frames(store: Path, seen: int) -> None:
     """Cut the WAL off, in the middle of a frame, where no transaction has waited for the disk."""
     wal = store.with_name(store.name + "-wal")
-    size = wal.stat().st_size
-    assert size > 100 * FRAME
-    os.truncate(wal, size - 40 * FRAME - 100)
     store.with_name(store.name + "-shm").unlink()
+    left = wal.stat().st_size
+    while newest_of(store, wal, left) >= seen:
+        left -= 40 * FRAME + 100
+        assert left > 60 * FRAME
+    os.truncate(wal, left)
+
+
+def newest_of(store: Path, wal: Path, size: int) -> int:
+    """Return the newest offset of the open run in a copy of the store, with so many bytes of its WAL."""
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(shutil.copy(store, folder))
+        copy.with_name(wal.name).write_bytes(wal.read_bytes()[:size])
+        with contextlib.closing(sqlite3.connect(copy)) as connection:
+            ((tail,),) = connection.execute("SELECT tail FROM run WHERE status = 'RUNNING'").fetchall()
+    return int(tail)
 
 
 def boot_anew(store: Path) -> int:
@@ -84,7 +98,9 @@ def boot_anew(store: Path) -> int:
 
 
 @pytest.mark.parametrize("lose", [lose_rows, lose_frames])
-def test_a_power_cut_is_a_reset_for_those_who_saw_more(tmp_path: Path, lose: Callable[[Path], None]) -> None:
+def test_a_power_cut_is_a_reset_for_those_who_saw_more(
+    tmp_path: Path, lose: Callable[[Path, int], None]
+) -> None:
     store = tmp_path / "store.sqlite3"
     with contextlib.ExitStack() as trees:
         tree = Tree(tmp_path)
@@ -96,7 +112,7 @@ def test_a_power_cut_is_a_reset_for_those_who_saw_more(tmp_path: Path, lose: Cal
         seen = read_until(tree, run, 40)
         position = position_of(tree, run, seen[-1])
         pull_the_plug(tree)
-        lose(store)
+        lose(store, int(seen[-1].id))
         left = boot_anew(store)
         assert left < int(seen[-1].id), "the client saw more than the store has now"
 

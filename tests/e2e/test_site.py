@@ -310,11 +310,17 @@ def test_the_admin_shows_a_run_live_and_cancels_it(page: Page, site: str, tree: 
     assert tree.wait(run)["status"] == "CANCELLED"
 
 
+def go_on(tree: Tree, run: str) -> None:
+    """Tell a run that asks to go on."""
+    assert tree.http.post(f"/api/v1/runs/{run}/input/go").status_code == 202
+
+
 def test_the_page_turns_with_the_end_of_the_run(page: Page, site: str, tree: Tree) -> None:
-    run = tree.submit("proj.telling", n=20, delay=0.1)["id"]
+    run = tree.submit("proj.telling", n=20, delay=0.01, ask=True)["id"]
     log_in(page, site)
     run_page(page, site, tree, run)
     expect(page.get_by_role("button", name="Cancel")).to_be_visible()
+    go_on(tree, run)
     says(page, "SUCCESSFUL")
     expect(page.get_by_role("button", name="Cancel")).to_be_hidden()
     told(tree, run, "SUCCESSFUL")
@@ -324,6 +330,7 @@ def test_the_page_turns_with_the_end_of_the_run(page: Page, site: str, tree: Tre
     expect(page.locator(".messagelist")).to_contain_text("is performed again as")
     made = page.locator(".messagelist a").inner_text()
     run_page(page, site, tree, made)
+    go_on(tree, made)
     says(page, "SUCCESSFUL")
     assert tree.snapshot(made)["replay_of"] == run
 

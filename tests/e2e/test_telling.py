@@ -71,10 +71,10 @@ def test_a_task_hears_what_it_is_told(tree: Tree, task: str, pool: str) -> None:
 
 
 def test_names_are_told_apart_and_the_order_is_kept(tree: Tree) -> None:
-    run = submit(tree, "proj.ask", name="b c:d", n=3)
+    run = submit(tree, "proj.ask", name="b.c:d", n=3)
     for n in range(3):
         assert tell(tree, run, "a", n=n).status_code == 202
-        assert tell(tree, run, "b%20c%3Ad" if n else "b c:d", n=n).status_code == 202
+        assert tell(tree, run, "b.c%3Ad" if n else "b.c:d", n=n).status_code == 202
     assert tree.wait(run, 20.0)["result"] == [{"n": 0}, {"n": 1}, {"n": 2}]
 
 
@@ -157,6 +157,7 @@ def test_who_may_not_cancel_a_run_may_not_tell_it_anything(tree: Tree) -> None:
         ("a", b'{"x":"' + b"y" * 70_000 + b'"}', 413, "too-large"),
         ("a" * 101, b"{}", 400, "bad-parameter"),
         ("a%0Ab", b"{}", 400, "bad-parameter"),
+        ("a%20b", b"{}", 400, "bad-parameter"),
     ],
 )
 def test_bad_input_is_refused_by_name(tree: Tree, name: str, content: bytes, status: int, code: str) -> None:

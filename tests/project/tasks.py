@@ -56,13 +56,15 @@ def report(n: int) -> None:
 
 
 @task
-def telling(n: int, delay: float) -> dict[str, int]:
-    """Tell of `n` parts in every way: an event, a printed line, progress."""
+def telling(n: int, delay: float, ask: bool = False) -> dict[str, int]:
+    """Tell of `n` parts in every way: an event, a printed line, progress; then go on when told to, if it is to ask."""
     for number in range(1, n + 1):
         time.sleep(delay)
         emit("part", {"number": number})
         print(f"printed {number}")
         progress(number, n, f"part {number}")
+    if ask:
+        current_run().inbox("go").get(timeout=60)
     return {"parts": n}
 
 

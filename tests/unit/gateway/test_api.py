@@ -733,13 +733,9 @@ async def test_a_vacuum_needs_an_operator() -> None:
         assert (await client.post(path, json={"pages": 1})).status_code == 422
         answer = await client.post(path, json={})
         assert answer.status_code == 200
-        assert answer.json() == {
-            "freed_bytes": 0,
-            "free_bytes": 0,
-            "file_bytes": 8192,
-            "incremental": True,
-            "seconds": 0.0,
-        }
+        found = answer.json()
+        assert found.pop("seconds") >= 0
+        assert found == {"freed_bytes": 0, "free_bytes": 0, "file_bytes": 8192, "incremental": True}
         engine.store.upkeep.used = dataclasses.replace(engine.store.upkeep.used, incremental=False)
         refused = await client.post(path)
         assert (refused.status_code, refused.json()["type"]) == (409, "urn:bulkhead:problem:not-incremental")
