@@ -49,6 +49,7 @@ def _place(config: Config, settings: Settings) -> Path:
 
 
 async def _serve(config: Config, on_ready: OnReady | None, on_stopping: OnStopping | None) -> None:
+    had_terminal = _has_terminal()
     kept = handover.take()
     if kept is not None:
         keep_mark(kept.mark)
@@ -77,7 +78,8 @@ async def _serve(config: Config, on_ready: OnReady | None, on_stopping: OnStoppi
                 ground = Ground(
                     config, ready, settings, directory, sock, url, resolve, operator, load_key, kept
                 )
-                await _live(ground, zygote, None if kept is not None else on_ready, on_stopping)
+                greet = None if kept is not None else on_ready
+                await _live(ground, zygote, greet, on_stopping, had_terminal=had_terminal)
         finally:
             if settings.uds is not None:
                 listener.remove_unix(settings.uds)
@@ -98,15 +100,21 @@ def _listen_operator(path: Path, kept: HandOver | None) -> socket.socket:
 
 
 async def _live(
-    ground: Ground, zygote: Zygote, on_ready: OnReady | None, on_stopping: OnStopping | None
+    ground: Ground,
+    zygote: Zygote,
+    on_ready: OnReady | None,
+    on_stopping: OnStopping | None,
+    *,
+    had_terminal: bool,
 ) -> None:
     async with trio.open_nursery() as nursery:
         tree = Tree(ground, zygote, nursery)
         linux.set_not_dumpable()  # from here on, /proc/self is closed to ourselves as well
         try:
             nursery.start_soon(OperatorSocket(ground.operator, os.getuid(), tree.operate).run)
-            for watch in (_watch_signals, _watch_hangups, _watch_upgrades):
+            for watch in (_watch_signals, _watch_upgrades):
                 await nursery.start(watch, tree)
+            await nursery.start(_watch_hangups, tree, had_terminal)
             handover.hear_signals()
             await _start_unless_stopped(tree)
             if not tree.stop_requested.is_set():
@@ -138,16 +146,22 @@ async def _watch_signals(tree: Tree, *, task_status: trio.TaskStatus[None]) -> N
             tree.request_stop(now=False)
 
 
-async def _watch_hangups(tree: Tree, *, task_status: trio.TaskStatus[None]) -> None:
-    """Reload at HUP; but the kernel also sends it when the terminal of a foreground tree is closed."""
-    had_terminal = _has_terminal()
+async def _watch_hangups(tree: Tree, had_terminal: bool, *, task_status: trio.TaskStatus[None]) -> None:
+    """Reload at HUP; but the kernel also sends it when the terminal of a foreground tree is closed.
+
+    That may have been while the project was imported, when the signal was ignored.
+    """
+
+    def has_lost_it() -> bool:
+        return had_terminal and not _has_terminal()
+
     with trio.open_signal_receiver(signal.SIGHUP) as signals:
         task_status.started()
-        async for _ in signals:
-            if had_terminal and not _has_terminal():
-                tree.request_stop(now=False)
-                return
-            await tree.reload()  # one that comes meanwhile is remembered
+        while not has_lost_it():
+            await anext(signals)
+            if not has_lost_it():
+                await tree.reload()  # one that comes meanwhile is remembered
+        tree.request_stop(now=False)
 
 
 def _has_terminal() -> bool:
