@@ -19,6 +19,7 @@ from gateway.describing import SIGHT_OF_ALL, Description, Reply, document, names
 from gateway.documents import EventPage, Ready, Runners, Stats, Tasks
 from gateway.face import Engine
 from gateway.fields import Field, body_schema, read, seconds
+from gateway.finding import find_run
 from gateway.following import is_over, wait_for_end
 from gateway.granting import Granting
 from gateway.keeping import Keeping
@@ -26,7 +27,7 @@ from gateway.leaving import watched
 from gateway.multiplex import Multiplex
 from gateway.operating import Operating
 from gateway.pages import read_page
-from gateway.reach import limit_to_reach, reaches
+from gateway.reach import limit_to_reach
 from gateway.reading import (
     Parameters,
     Refusal,
@@ -45,7 +46,6 @@ from gateway.stream import BUSY, RENDERINGS, RunStream, Wish
 from gateway.submitting import Submitting
 from gateway.telling import Telling
 from taskkit.errors import Forbidden, InvalidArguments, UnknownTask
-from taskkit.identifiers import parse_run_id
 from taskkit.lifecycle import Ending, RunStatus
 from taskkit.tokens import Claims
 
@@ -278,12 +278,7 @@ class Api:
         return answer(await self._snapshot(run, claims), 202)
 
     async def _visible(self, request: Request, claims: Claims) -> RunRow:
-        """Return the run in the path; one beyond the token's reach is as unknown as one that is not there."""
-        id = parse_run_id(request.path_params["id"])
-        run = None if id is None else await self._engine.store.run(id)
-        if run is None or not reaches(claims, run):
-            raise Refusal("unknown-run", "there is no such run, or the token does not reach it")
-        return run
+        return await find_run(self._engine.store, request.path_params["id"], claims)
 
     async def _snapshot(self, run: RunRow, claims: Claims) -> snapshot.Snapshot:
         store = self._engine.store

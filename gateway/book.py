@@ -658,6 +658,9 @@ class Book:
         self.inputs.forget(run.no, self.batch)
         self._forget(run)
 
+    def _attempt_of(self, run: RunRow) -> OpenAttempt | None:
+        return next((attempt for attempt in self.attempts.values() if attempt.run is run), None)
+
     # --- cancelling and stopping ---------------------------------------------------------------------------
 
     def followed(self, no: int) -> None:
@@ -675,7 +678,7 @@ class Book:
         """
         if run.no not in self.runs:
             raise LifecycleError(f"run {run.id} has ended: {run.status.value}")
-        attempt = next((a for a in self.attempts.values() if a.run is run), None)
+        attempt = self._attempt_of(run)
         if attempt is None:
             self._end_run(run, RunEvent.CANCEL, now, error=error_of(Ending.CANCELLED, None, None))
             return
@@ -705,7 +708,7 @@ class Book:
           IdempotencyConflict, QueueFull: as `Inputs.add` says.
         """
         row, before = self.inputs.add(run.no, name, data, key, now, self.batch)
-        attempt = next((a for a in self.attempts.values() if a.run is run), None)
+        attempt = self._attempt_of(run)
         if attempt is not None and not before:
             self._order.hear(attempt.row, [row])
         return row.number, before

@@ -14,7 +14,7 @@ from gateway.auth import Authenticator
 from gateway.describing import Description, Header, document
 from gateway.face import Engine
 from gateway.fields import body_schema
-from gateway.reach import reaches
+from gateway.finding import find_run, unknown_run
 from gateway.reading import Parameters, Refusal, parse_object, read_body_of_json, read_object
 from gateway.resource import answer
 from gateway.snapshot import Accepted, accepted, urls
@@ -37,7 +37,6 @@ from taskkit.errors import (
     QueueFull,
     UnknownTask,
 )
-from taskkit.identifiers import parse_run_id
 from taskkit.tokens import Claims
 
 #: Seconds that the token of one run is good for.
@@ -135,10 +134,9 @@ class Submitting:
         return self._answer(run, replayed, claims)
 
     async def _ended_run(self, text: str, claims: Claims) -> RunRow:
-        id = parse_run_id(text)
-        run = None if id is None else await self._engine.store.run(id)
-        if run is None or not (claims.may("read") and reaches(claims, run)):
-            raise Refusal("unknown-run", "there is no such run, or the token does not reach it")
+        if not claims.may("read"):
+            raise unknown_run()
+        run = await find_run(self._engine.store, text, claims)
         self._check_reach(run.task, claims)
         if not run.status.is_terminal:
             raise Refusal(

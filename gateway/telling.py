@@ -13,11 +13,10 @@ from gateway.auth import Authenticator
 from gateway.describing import Description, document
 from gateway.documents import Told
 from gateway.face import Engine
-from gateway.reach import reaches
+from gateway.finding import find_run
 from gateway.reading import SMALL_BYTES, Parameters, Refusal, read_object
 from gateway.resource import answer
 from gateway.submitting import IDEMPOTENCY_KEY, idempotency_key
-from taskkit.identifiers import parse_run_id
 
 #: What an input's name looks like.
 NAME: Final = r"[A-Za-z0-9_.:-]{1,100}"
@@ -59,10 +58,7 @@ class Telling:
         name = _name(request.path_params["inbox"])
         body = await read_object(request, self._engine.settings.limits)
         self._authenticator.recheck(claims)
-        id = parse_run_id(request.path_params["id"])
-        run = None if id is None else await self._engine.store.run(id)
-        if run is None or not reaches(claims, run):
-            raise Refusal("unknown-run", "there is no such run, or the token does not reach it")
+        run = await find_run(self._engine.store, request.path_params["id"], claims)
         data = msgspec.json.encode(body)
         number, before = await self._engine.input(run, name, data, key or "")
         told: Told = {"id": run.id, "name": name, "number": number}

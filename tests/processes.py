@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -29,6 +30,24 @@ FOLDER_PREFIX = f"bh-{os.getpid()}-"
 
 #: The trees that are open in this process.
 opened: list[OpenTree] = []
+
+
+@dataclass
+class Standing:
+    """A process that goes on until the end of a module's tests."""
+
+    pid: int
+    state_dir: Path = Path("/nowhere")
+
+
+@contextlib.contextmanager
+def standing(pid: int) -> Iterator[None]:
+    """Have a process, with what is below it, count as an open tree while the block runs."""
+    opened.append(one := Standing(pid))
+    try:
+        yield
+    finally:
+        opened.remove(one)
 
 
 def describe(process: psutil.Process) -> str:

@@ -7,16 +7,13 @@ import json
 import threading
 import urllib.parse
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pytest
-from playwright.sync_api import Browser, BrowserContext, Page, sync_playwright
+from playwright.sync_api import Browser, BrowserContext, Page
 
-from tests import helpers
+from tests.chromium import chromium
 from tests.helpers import Tree, eventually
-from tests.processes import opened
 from tests.proxy import Proxy
 
 #: The page reads what to do from its address; what it has seen is in `window`.
@@ -56,14 +53,6 @@ class Pages(http.server.BaseHTTPRequestHandler):
         """Say nothing."""
 
 
-@dataclass
-class Driver:
-    """The process below which the browser lives."""
-
-    pid: int
-    state_dir: Path = Path("/nowhere")
-
-
 @pytest.fixture(scope="module")
 def site() -> Iterator[str]:
     """Give the origin of a site with the page."""
@@ -86,18 +75,8 @@ def tree(site: str) -> Iterator[Tree]:
 @pytest.fixture(scope="module")
 def browser(tree: Tree) -> Iterator[Browser]:
     """Give a Chromium without a window."""
-    before = helpers.strays()
-    with sync_playwright() as playwright:
-        (driver,) = helpers.strays() - before
-        # A browser starts processes when it likes: they are no test's leftovers.
-        opened.append(started := Driver(driver.pid))
-        try:
-            flags = ["--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu"]
-            with playwright.chromium.launch(executable_path="/usr/bin/chromium", args=flags) as browser:
-                yield browser
-        finally:
-            opened.remove(started)
-    assert helpers.wait_until_only(before, 5.0) == set(), "the browser is gone, with all its processes"
+    with chromium() as browser:
+        yield browser
 
 
 @pytest.fixture

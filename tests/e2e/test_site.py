@@ -12,16 +12,14 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
-from playwright.sync_api import Browser, BrowserContext, Locator, Page, expect, sync_playwright
+from playwright.sync_api import Browser, BrowserContext, Locator, Page, expect
 
-from tests import helpers
+from tests.chromium import chromium
 from tests.edges.proxies import free_port
 from tests.helpers import ROOT, Tree, eventually, raw_get
-from tests.processes import opened
+from tests.processes import standing
 from tests.proxy import Proxy
 
 PICTURES = ROOT / "deploy" / "pictures"
@@ -39,14 +37,6 @@ User.objects.create_superuser("root", password="root")
 looker = User.objects.create_user("looker", password="looker", is_staff=True)
 looker.user_permissions.add(Permission.objects.get(codename="view_run"))
 """
-
-
-@dataclass
-class Server:
-    """A process that goes on until the end; counts as an open tree."""
-
-    pid: int
-    state_dir: Path = Path("/nowhere")
 
 
 def django(tree: Tree, *command: str) -> None:
@@ -88,39 +78,29 @@ def site(tree: Tree, port: int) -> Iterator[str]:
     command = [sys.executable, "-m", "django", "runserver", "--noreload", "--insecure", f"127.0.0.1:{port}"]
     with log.open("wb") as output:
         process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=output)
-    opened.append(server := Server(process.pid))
-    try:
 
-        def answers() -> bool:
-            assert process.poll() is None, log.read_text()
-            try:
-                with raw_get(f"http://127.0.0.1:{port}/admin/login/") as response:
-                    return response.status == 200
-            except OSError:
-                return False
+    def answers() -> bool:
+        assert process.poll() is None, log.read_text()
+        try:
+            with raw_get(f"http://127.0.0.1:{port}/admin/login/") as response:
+                return response.status == 200
+        except OSError:
+            return False
 
-        eventually(answers, 30, "the site")
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        process.terminate()
-        process.wait(20)
-        opened.remove(server)
+    with standing(process.pid):
+        try:
+            eventually(answers, 30, "the site")
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            process.terminate()
+            process.wait(20)
 
 
 @pytest.fixture(scope="module")
 def browser(tree: Tree, site: str) -> Iterator[Browser]:
     """Give a Chromium without a window."""
-    before = helpers.strays()
-    with sync_playwright() as playwright:
-        (driver,) = helpers.strays() - before
-        opened.append(started := Server(driver.pid))
-        try:
-            flags = ["--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu"]
-            with playwright.chromium.launch(executable_path="/usr/bin/chromium", args=flags) as browser:
-                yield browser
-        finally:
-            opened.remove(started)
-    assert helpers.wait_until_only(before, 5.0) == set(), "the browser is gone, with all its processes"
+    with chromium() as browser:
+        yield browser
 
 
 @pytest.fixture

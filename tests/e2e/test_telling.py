@@ -8,9 +8,11 @@ import signal
 from collections.abc import Iterator
 from typing import Any
 
+import anyio
 import httpx
 import pytest
 
+from taskkit.client import Client
 from tests.helpers import Tree, eventually
 
 
@@ -68,6 +70,26 @@ def test_a_task_hears_what_it_is_told(tree: Tree, task: str, pool: str) -> None:
         assert (answer.status_code, answer.json()) == (202, {"id": run, "name": "answer", "number": 1})
         heard = {"yes": True}
         assert tree.wait(run, 20.0)["result"] == (heard if task.endswith("thread") else [heard])
+
+
+def test_the_client_tells_in_both_ways(tree: Tree) -> None:
+    run = submit(tree, "proj.ask", n=3)
+    client = Client(tree.url, token=tree.token())
+
+    async def tell_asynchronously() -> int:
+        try:
+            return int((await client.ainput(run, "answer"))["number"])
+        finally:
+            await client.aclose()
+
+    try:
+        assert client.input(run, "answer", {"n": 1})["number"] == 1
+        for _ in range(2):
+            assert client.input(run, "answer", {"n": 2}, idempotency_key="k")["number"] == 2
+        assert anyio.run(tell_asynchronously) == 3
+    finally:
+        client.close()
+    assert tree.wait(run, 20.0)["result"] == [{"n": 1}, {"n": 2}, {}]
 
 
 def test_names_are_told_apart_and_the_order_is_kept(tree: Tree) -> None:
