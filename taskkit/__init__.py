@@ -27,6 +27,7 @@ if TYPE_CHECKING:  # the same names for type checkers
     from taskkit.errors import RunWasCancelled as RunWasCancelled
     from taskkit.errors import TaskTimeout as TaskTimeout
     from taskkit.outbox import submit as submit
+    from taskkit.scheduling import schedule as schedule
     from taskkit.stream_task import StreamTask as StreamTask
     from taskkit.tasks import task as task
 
@@ -46,6 +47,7 @@ _HOMES = {
     "emit": "taskkit.current",
     "get_client": "taskkit.client",
     "progress": "taskkit.current",
+    "schedule": "taskkit.scheduling",
     "submit": "taskkit.outbox",
     "task": "taskkit.tasks",
 }
@@ -66,6 +68,7 @@ __all__ = [
     "emit",
     "get_client",
     "progress",
+    "schedule",
     "submit",
     "task",
 ]

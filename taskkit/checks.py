@@ -8,6 +8,7 @@ taskkit.E003  the tasks cannot be collected: two of one name, or options that ar
 taskkit.E004  TOKEN_CLAIMS names nothing that can be called
 taskkit.E005  OPTIONS of the backend of TASKS have an unknown key (taskkit.backend)
 taskkit.E006  the backend of TASKS names a database that does not exist (taskkit.backend)
+taskkit.E007  an @schedule can make no run: it is on no task, its arguments do not fit, two have one name
 taskkit.W001  a path in TASKKIT is relative
 taskkit.W002  a queue of TASKS has no pool of its name (taskkit.backend)
 taskkit.W003  browsers have no URL of the gateway: URL is not set, and BIND or UDS is none
@@ -84,7 +85,7 @@ def check_admin(app_configs: Sequence[AppConfig] | None, **kwargs: Any) -> list[
 @register("taskkit")
 def check_tasks(app_configs: Sequence[AppConfig] | None, **kwargs: Any) -> list[CheckMessage]:
     """Report task models without process(), tasks of one name. Imports each app's `tasks` module."""
-    return [*_without_process(), *_uncollectable()]
+    return [*_without_process(), *(_uncollectable() or _unschedulable())]
 
 
 def _without_process() -> list[CheckMessage]:
@@ -112,3 +113,12 @@ def _uncollectable() -> list[CheckMessage]:
     except (TaskkitError, ImproperlyConfigured, ValueError) as error:
         return [Error(str(error), id="taskkit.E003")]
     return []
+
+
+def _unschedulable() -> list[CheckMessage]:
+    from taskkit import registry
+    from taskkit.schedules import declared
+
+    _, complaints = declared(registry.load())
+    hint = "The README has a section on schedules; `overlap`, `catchup`, `tz` and `name` are explained there."
+    return [Error(complaint, hint=hint, id="taskkit.E007") for complaint in complaints]

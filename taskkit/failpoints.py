@@ -70,6 +70,9 @@ POINTS: Final[Mapping[str, str]] = {
     "courier.answered": "a submission is answered, the outbox entry is still there",
     "courier.settled": "the outbox entry is gone, nothing else has happened",
     "courier.projecting": "a transition has come, the database does not have it",
+    "schedule.due": "a slot is due, nothing is written",
+    "schedule.fired": "a slot and its run are written, the transaction is open",
+    "schedule.committed": "a slot and its run are in the database, nobody has been told",
     "courier.projected": "the database has a transition, the gateway does not know",
 }
 

@@ -1,4 +1,4 @@
-"""What Bulkhead keeps in the project's own database: outbox, projection of runs, nodes.
+"""What Bulkhead keeps in the project's own database: outbox, projection of runs, nodes, schedules.
 
 The store of the gateway is the truth about a run. `Run` follows it, for the admin, the ORM and results; only
 the courier moves it on, apart from its first row, which a submission inserts in the caller's transaction.
@@ -14,9 +14,10 @@ from django.db.models import Q
 
 from taskkit import conf
 from taskkit.lifecycle import TERMINAL, RunStatus
+from taskkit.schedule_models import Schedule, Slot
 from taskkit.stream_task import StreamTask
 
-__all__ = ["OPEN", "Node", "Outbox", "Run", "StreamTask"]
+__all__ = ["OPEN", "Node", "Outbox", "Run", "Schedule", "Slot", "StreamTask"]
 
 #: States of a run that has not ended.
 OPEN: Final = tuple(status.value for status in RunStatus if status not in TERMINAL)

@@ -181,7 +181,7 @@ def submit(
         subject=subject,
         using=alias,
     )
-    _check(submission)
+    check(submission)
     return _insert(submission, priority=definition.info.priority, backend=backend, queue=queue)
 
 
@@ -321,8 +321,12 @@ def _address_of(row: StreamTask, name: str, alias: str) -> Row:
     return address
 
 
-def _check(submission: Submit) -> None:
-    """Refuse what the gateway would refuse, where the caller still sees it."""
+def check(submission: Submit) -> None:
+    """Refuse what the gateway would refuse, where the caller still sees it.
+
+    Raises:
+      ValueError, TypeError: an option is out of range.
+    """
     if submission.priority is not None and submission.priority not in PRIORITIES:
         raise ValueError(f"priority = {submission.priority!r}: it goes from -100 to 100")
     if submission.timeout is not None and not 0 < submission.timeout < math.inf:

@@ -12,12 +12,22 @@ from typing import Final, TypeVar
 from django.db import Error, connections, router
 
 from taskkit import failpoints
-from taskkit.courier import outbox_reader, projection, unspoken
+from taskkit.courier import outbox_reader, projection, schedule_orders, unspoken
 from taskkit.courier.node import NodeIdentity
 from taskkit.courier.reach import Place, hang_limit
 from taskkit.courier.recall import Comparison
-from taskkit.models import Node, Outbox, Run
-from taskkit.wire.messages import Forgotten, Recall, Submit, Submitted, Told, Transition
+from taskkit.courier.schedules import Schedules
+from taskkit.models import Node, Outbox, Run, Schedule, Slot
+from taskkit.wire.messages import (
+    Forgotten,
+    Recall,
+    ScheduleAnswer,
+    ScheduleOrder,
+    Submit,
+    Submitted,
+    Told,
+    Transition,
+)
 
 _T = TypeVar("_T")
 _log = logging.getLogger("bulkhead.courier")
@@ -85,6 +95,7 @@ class Database:
         self._retry_at = self._renew_at = self._poll_at = self._submit_at = 0.0
         self._polled_at = -math.inf
         self._comparison = Comparison(alias, node.name)
+        self._schedules = Schedules(alias, clock)
 
     # --- what comes in --------------------------------------------------------------------------------------
 
@@ -128,9 +139,10 @@ class Database:
             return self._renew_at
         if self.held or self._answers or self._comparison.has_news:
             return now
+        due = min(self._renew_at, self._schedules.next)
         if not linked:
-            return self._renew_at
-        return min(self._renew_at, max(self._poll_at, self._submit_at), self._comparison.next)
+            return due
+        return min(due, max(self._poll_at, self._submit_at), self._comparison.next)
 
     def work(self, now: float, linked: bool) -> Iterator[Told | Submit | Recall]:
         """Do what is due; yield what the gateway is to be told, each once it is true.
@@ -151,10 +163,22 @@ class Database:
             yield from self.attempt(self._write, now)
             if self._comparison.has_news:
                 self.attempt(self._comparison.settle, now)
+            if now >= self._schedules.next and self.attempt(self._schedules.turn, now):
+                self._look_again()
             if linked and now >= self._comparison.next:
                 yield from self.attempt(lambda: self._comparison.ask(now), now)
             if linked and now >= max(self._poll_at, self._submit_at):
                 yield from self.attempt(lambda: self._poll(now), now)
+
+    def obey(self, order: ScheduleOrder, now: float) -> ScheduleAnswer:
+        """Do what the gateway wants done with schedules.
+
+        Raises:
+          Away: the database does not answer; whether it was done shows when it is back.
+        """
+        answer = self.attempt(lambda: schedule_orders.obey(order, self.alias), now)
+        self._schedules.look_soon()
+        return answer
 
     def attempt(self, work: Callable[[], _T], now: float) -> _T:
         """Return what `work` returns.
@@ -190,6 +214,7 @@ class Database:
 
     def _disconnect(self) -> None:
         self._data_version = None  # the next connection counts anew
+        self._schedules.look_soon()
         try:
             connections[self.alias].close()
         except (
@@ -201,8 +226,10 @@ class Database:
         connection = connections[self.alias]
         connection.close_if_unusable_or_obsolete()
         self._data_version = None
+        self._schedules.look_soon()
         tables = set(connection.introspection.table_names())
-        self._has_tables = all(model._meta.db_table in tables for model in (Outbox, Run, Node))
+        models = (Outbox, Run, Node, *((Schedule, Slot) if self._schedules.is_ours else ()))
+        self._has_tables = all(model._meta.db_table in tables for model in models)
         if self._has_tables:
             self._node.register(self.alias)
             self.registered = True

@@ -25,6 +25,7 @@ from taskkit.courier.node import NodeIdentity
 from taskkit.courier.reach import limit_waiting
 from taskkit.errors import RemoteWireError
 from taskkit.models import Run
+from taskkit.schedules import home
 from taskkit.wire import messages
 from taskkit.wire.messages import (
     Answer,
@@ -33,6 +34,8 @@ from taskkit.wire.messages import (
     CourierReady,
     Forgotten,
     Message,
+    ScheduleAnswer,
+    ScheduleOrder,
     Stop,
     Submitted,
     Transition,
@@ -226,11 +229,13 @@ class Courier:
         _log.log(level, "the link to the gateway is dropped, until the next one comes: %s", error)
         self._drop_gateway()
 
-    def _take(self, message: Submitted | Transition | Ask | Forgotten, size: int) -> None:
+    def _take(self, message: Submitted | Transition | Ask | Forgotten | ScheduleOrder, size: int) -> None:
         if isinstance(message, Transition):
             self._database_of(message).hold(message, size)
         elif isinstance(message, Ask):
             self._tell(self._answer(message))
+        elif isinstance(message, ScheduleOrder):
+            self._tell(self._obey(message))
         elif isinstance(message, Forgotten):
             any(database.take_forgotten(message) for database in self._databases.values())
         else:
@@ -254,6 +259,18 @@ class Courier:
         except Exception as error:  # a project's router raised; the question gets an answer, the loop goes on
             _log.exception("the question about %s/%s/%s cannot be answered", ask.app, ask.model, ask.pk)
             return Answer(ask=ask.ask, status="away", detail=str(error))
+
+    def _obey(self, order: ScheduleOrder) -> ScheduleAnswer:
+        try:
+            database = self._databases.get(home())
+            if database is None:
+                return ScheduleAnswer(ask=order.ask, status="away", detail="the project has no database")
+            return database.obey(order, self._clock())
+        except Away as error:
+            return ScheduleAnswer(ask=order.ask, status="away", detail=str(error))
+        except Exception as error:  # as in `_answer`
+            _log.exception("the order to %s schedules cannot be obeyed", order.order)
+            return ScheduleAnswer(ask=order.ask, status="away", detail=str(error))
 
     # --- what goes out --------------------------------------------------------------------------------------
 

@@ -122,6 +122,36 @@ class RunnerSpec(Struct, frozen=True, kw_only=True, omit_defaults=True):
     result_limit: int = 8 * 1024 * 1024
 
 
+class ScheduleDefinition(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What a schedule is made of: see `taskkit.timetable`. `options` are what a submission may say besides."""
+
+    task: str
+    name: str = ""
+    cron: str | None = None
+    every: float | None = None
+    at: float | None = None
+    tz: str | None = None
+    overlap: str = "skip"
+    catchup: str = "latest"
+    args: list[Any] = []
+    kwargs: dict[str, Any] = {}
+    options: dict[str, Any] = {}
+
+
+class ScheduleState(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A schedule as the database has it; `origin` is "code" or "api", slots are Unix seconds."""
+
+    id: str
+    definition: ScheduleDefinition
+    enabled: bool = True
+    origin: str = "api"
+    subject: str = ""
+    next_slot: int | None = None
+    last_slot: int | None = None
+    created_at: float = 0.0
+    error: str = ""
+
+
 # --- gateway → runner (orders) -------------------------------------------------------------------------------
 
 
@@ -654,8 +684,41 @@ class Forgotten(Message, frozen=True):
     run: str
 
 
-CourierToGateway = Submit | Told | Answer | Recall
-GatewayToCourier = Submitted | Transition | Ask | Forgotten
+class ScheduleOrder(Message, frozen=True):
+    """What is to be done with schedules: "list", "create", "show", "enable", "disable", "delete". Answered by
+    `ScheduleAnswer` with the same `ask`.
+
+    `id` is of the one that is meant; "list" begins behind the name `after`, and has at most `limit`.
+    """
+
+    ask: str
+    order: str
+    id: str = ""
+    definition: ScheduleDefinition | None = None
+    enabled: bool = True
+    subject: str = ""
+    after: str = ""
+    limit: int = 50
+
+
+class ScheduleAnswer(Message, frozen=True):
+    """Answer to `ScheduleOrder`.
+
+    `status`: "done", "made" (it is new), "unknown" (there is none), "taken" (another has the name, or it is the
+    code's), "invalid" (`errors` has a sentence per field), "away" (the database does not answer). `more`: the list goes
+    on behind the last one.
+    """
+
+    ask: str
+    status: str
+    schedules: list[ScheduleState] = []
+    more: bool = False
+    detail: str = ""
+    errors: dict[str, str] = {}
+
+
+CourierToGateway = Submit | Told | Answer | Recall | ScheduleAnswer
+GatewayToCourier = Submitted | Transition | Ask | Forgotten | ScheduleOrder
 
 
 # --- operator socket ------------------------------------------------------------------------------------------

@@ -73,6 +73,7 @@ def main(argv: list[str]) -> int:
 def _prepare(control: socket.socket, options: Options) -> tuple[dict[str, TaskDefinition], ZygoteReady]:
     tasks = prepare.load_project(options.settings_module, options.path)
     prepare.check_pools(tasks)
+    prepare.check_schedules(tasks)
     probe = prepare.probe_database(migrate=options.migrate)
     if prepare.any_pool_forks():
         prepare.practise()

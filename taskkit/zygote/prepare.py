@@ -307,6 +307,19 @@ def practise() -> None:
         signal.signal(signal.SIGIO, handler)
 
 
+def check_schedules(tasks: dict[str, Any]) -> None:
+    """Refuse schedules in the code that could never make a run.
+
+    Raises:
+      SettingsError: one is on no task, its arguments do not fit, or two have one name.
+    """
+    from taskkit.schedules import declared
+
+    _, complaints = declared(tasks)
+    if complaints:
+        raise SettingsError("; ".join(complaints))
+
+
 def freeze(own: set[int]) -> None:
     """Make this process ready to be forked many times. `own` are descriptors of ours.
 

@@ -27,6 +27,9 @@ TRIGGERS: Final = {
     "gateway.parked": "restart-gateway",
     "reload.ready": "reload",
     "reload.switched": "reload",
+    "schedule.due": "schedule",
+    "schedule.fired": "schedule",
+    "schedule.committed": "schedule",
 }
 
 #: Moments of a new gateway: it has 20 s to serve, so the test lets it go on before it is replaced.
@@ -109,6 +112,12 @@ async def trigger(armed: Armed, what: str) -> None:
     """Do what leads to the moment; the supervisor may die of it, or fail."""
     if what == "kill-gateway":
         signal_process(armed.pid("gateway"), signal.SIGKILL)
+        return
+    if what == "schedule":
+        soon = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(time.time() + 2))
+        body = {"task": "proj.echo", "at": soon}
+        answer = await trio.to_thread.run_sync(lambda: armed.tree.http.post("/api/v1/schedules", json=body))
+        assert answer.is_success, answer.text
         return
     try:
         await trio.to_thread.run_sync(lambda: armed.tree.operate(what, timeout=15.0), abandon_on_cancel=True)

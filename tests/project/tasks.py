@@ -15,6 +15,7 @@ import anyio.lowlevel
 from taskkit import RunCancelled, current_run, emit, linux, progress, task
 from tests.project.bench import *  # noqa: F403  (a task is found where `tasks` offers it)
 from tests.project.chaos import *  # noqa: F403
+from tests.project.clockwork import *  # noqa: F403
 from tests.project.edges import *  # noqa: F403
 from tests.project.forging import *  # noqa: F403
 from tests.project.hearing import *  # noqa: F403
