@@ -39,6 +39,7 @@ from gateway.reading import (
 from gateway.resource import Resource, answer
 from gateway.retention import Retention
 from gateway.roster import measure
+from gateway.scheduling import Scheduling
 from gateway.selection import wants
 from gateway.store.protocol import Store, StoreError
 from gateway.store.rows import AttemptRow, OutputRow, RunFilter, RunRow
@@ -83,6 +84,7 @@ class Api:
         self._granting = Granting(engine, authenticator)
         self._telling = Telling(engine, authenticator)
         self._multiplex = Multiplex(engine, authenticator)
+        self._scheduling = Scheduling(engine, authenticator, self._submitting)
 
     def routes(self) -> list[Route]:
         """Return the routes, for Starlette."""
@@ -106,6 +108,7 @@ class Api:
             Route(f"{base}/stats", Resource(get=self.statistics)),
             Route(f"{base}/vacuum", Resource(post=self._keeping.vacuum)),
             *self._granting.routes(),
+            *self._scheduling.routes(),
             Route("/health", Resource(get=health)),
             Route("/ready", Resource(get=self.ready)),
         ]

@@ -86,7 +86,7 @@ def _with_cors(app: ASGIApp, origins: list[str]) -> ASGIApp:
         allow_origins=origins,
         # Cookies and a wildcard do not go together (WHATWG Fetch, CORS protocol).
         allow_credentials="*" not in origins,
-        allow_methods=["GET", "HEAD", "POST"],
+        allow_methods=["GET", "HEAD", "POST", "DELETE"],
         allow_headers=["Authorization", "Content-Type", "Idempotency-Key", "Last-Event-ID", "Prefer"],
         expose_headers=["Location", "Retry-After", "Idempotency-Replayed", "Preference-Applied"],
     )

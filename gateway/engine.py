@@ -54,6 +54,8 @@ from taskkit.wire.messages import (
     Reconfigure,
     Reconfigured,
     RunnerUp,
+    ScheduleAnswer,
+    ScheduleOrder,
     Stalled,
     Start,
 )
@@ -263,6 +265,14 @@ class Engine:
           NotWritable: the courier is away or does not answer.
         """
         return await self.courier.ask(app, model, pk)
+
+    async def schedule(self, order: ScheduleOrder) -> ScheduleAnswer:
+        """Have the courier do what is wanted with schedules, which are in Django's database.
+
+        Raises:
+          NotWritable: courier or database is away.
+        """
+        return await self.courier.schedule(order)
 
     @property
     def run_tally(self) -> RunTally:

@@ -16,7 +16,7 @@ from gateway.submission import Catalogue, Submission
 from gateway.tally import RunTally, StoreTally
 from taskkit.settings import Settings
 from taskkit.tokens import Claims, Ticket
-from taskkit.wire.messages import Answer, Created
+from taskkit.wire.messages import Answer, Created, ScheduleAnswer, ScheduleOrder
 
 
 class RunnerView(Protocol):
@@ -75,6 +75,9 @@ class Engine(Protocol):
 
     async def ask(self, app: str, model: str, pk: str) -> Answer:
         """Ask the courier about a task row. Raises NotWritable when it is away."""
+
+    async def schedule(self, order: ScheduleOrder) -> ScheduleAnswer:
+        """Have the courier do what is wanted with schedules. Raises NotWritable when it is away."""
 
     async def end_runner(self, id: str, *, now: bool) -> bool:
         """Have a runner leave, with or without its runs; return whether one lives by this id. Raises NotWritable."""

@@ -26,6 +26,8 @@ from taskkit.wire.messages import (
     Forgotten,
     Recall,
     Row,
+    ScheduleAnswer,
+    ScheduleOrder,
     Submit,
     Submitted,
     Told,
@@ -54,7 +56,7 @@ _PAGE: Final = 500
 #: Seconds for an answer about a row.
 _ASK_SECONDS: Final = 5.0
 
-Incoming = Submit | Told | Answer | Recall
+Incoming = Submit | Told | Answer | Recall | ScheduleAnswer
 
 
 class CourierLink:
@@ -73,7 +75,7 @@ class CourierLink:
         self._look_at = 0.0
         self._put_off = False
         self.links = 0
-        self._asked: dict[str, tuple[trio.Event, list[Answer]]] = {}
+        self._asked: dict[str, tuple[trio.Event, list[Answer | ScheduleAnswer]]] = {}
 
     @property
     def up(self) -> bool:
@@ -232,16 +234,26 @@ class CourierLink:
 
     async def ask(self, app: str, model: str, pk: str) -> Answer:
         """See `Engine.ask`."""
+        answer = await self._question(Ask(ask=secrets.token_hex(8), app=app, model=model, pk=pk))
+        assert isinstance(answer, Answer)
+        return answer
+
+    async def schedule(self, order: ScheduleOrder) -> ScheduleAnswer:
+        """See `Engine.schedule`."""
+        answer = await self._question(msgspec.structs.replace(order, ask=secrets.token_hex(8)))
+        assert isinstance(answer, ScheduleAnswer)
+        return answer
+
+    async def _question(self, question: Ask | ScheduleOrder) -> Answer | ScheduleAnswer:
         if self._channel is None:
             raise NotWritable("the database cannot be asked: the courier is away", retry_after=2)
-        ask = secrets.token_hex(8)
-        event, answers = self._asked[ask] = (trio.Event(), [])
+        event, answers = self._asked[question.ask] = (trio.Event(), [])
         try:
-            self._channel.send(Ask(ask=ask, app=app, model=model, pk=pk))
+            self._channel.send(question)
             with trio.move_on_after(_ASK_SECONDS):
                 await event.wait()
         finally:
-            del self._asked[ask]
+            del self._asked[question.ask]
         if not answers or answers[0].status == "away":
             detail = answers[0].detail if answers else f"no answer within {_ASK_SECONDS:.0f} s"
             raise NotWritable(f"the database cannot be asked: {detail}", retry_after=2)

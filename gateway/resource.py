@@ -23,8 +23,11 @@ class Resource:
       handlers: by method.
     """
 
-    def __init__(self, *, get: Handler | None = None, post: Handler | None = None) -> None:
-        self.handlers = {name: one for name, one in (("GET", get), ("HEAD", get), ("POST", post)) if one}
+    def __init__(
+        self, *, get: Handler | None = None, post: Handler | None = None, delete: Handler | None = None
+    ) -> None:
+        given = (("GET", get), ("HEAD", get), ("POST", post), ("DELETE", delete))
+        self.handlers = {name: one for name, one in given if one}
         self._allow = ", ".join([*self.handlers, "OPTIONS"])
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

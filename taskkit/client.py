@@ -20,6 +20,7 @@ from taskkit import calls, connections
 from taskkit.connections import Address, close_clients, received, shared, shared_async
 from taskkit.credentials import Credentials, TokenSource
 from taskkit.following import Following, StreamEvent, page_events, printed, refusal, run_path
+from taskkit.schedule_client import ScheduleCalls
 
 __all__ = ["Client", "StreamEvent", "close_clients", "get_client"]
 
@@ -39,7 +40,7 @@ def get_client(base_url: str, *, token: str | TokenSource | None = None, uds: st
     return Client(base_url, token=token, uds=uds)
 
 
-class Client:
+class Client(ScheduleCalls):
     """Submits and follows runs.
 
     Its methods raise GatewayError for a refusal (`problem` has the document) and for a gateway that does not

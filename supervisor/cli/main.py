@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from supervisor.cli import demo, exits, foreground, runs, token, tree, upkeep
+from supervisor.cli import demo, exits, foreground, runs, schedules, token, tree, upkeep
 from supervisor.cli.endings import ending_of
 from supervisor.cli.foreground import Foreground
 
@@ -57,6 +57,7 @@ for command in (
     runs.release,
     runs.reset,
     runs.logs,
+    schedules.schedules,
     upkeep.vacuum,
     token.token,
 ):

@@ -31,12 +31,14 @@ SHARED = (
     "taskkit.seqpacket",
     "taskkit.channel",
     "taskkit.claims",
+    "taskkit.timetable",
     "taskkit.tokens",
 )
 
 #: What the client adds to them, for the command line and for any program of a user's.
 CLIENT = (
     *("taskkit.client", "taskkit.calls", "taskkit.connections", "taskkit.credentials"),
+    "taskkit.schedule_client",
     *("taskkit.following", "taskkit.current"),
 )
 
@@ -51,11 +53,13 @@ PURE = (
     "taskkit.identifiers",
     "taskkit.settings",
     "taskkit.claims",
+    "taskkit.timetable",
     "gateway.sse",
     "gateway.dialects",
     "gateway.handshake",
     "gateway.selection",
     "gateway.submission",
+    "gateway.timing",
     "gateway.fields",
     "gateway.documents",
     "gateway.tally",

@@ -60,6 +60,12 @@ GET  /openapi.json                   401  401 401 401 401 200   200    200  200 
 POST /api/v1/vacuum                  401  401 401 401 401 403   403    403  403    200     403  200 401    401    401
 POST /api/v1/tickets                 401  401 401 401 401 201   403    201  403    403     201  201 401    401    401
 POST /api/v1/tokens/revoke           401  401 401 401 401 403   403    403  403    200     403  200 401    401    401
+GET  /api/v1/schedules               401  401 401 401 401 200   403    200  403    403     403  200 200    200    401
+POST /api/v1/schedules               401  401 401 401 401 403   422    403  403    403     403  422 401    401    401
+GET  /api/v1/schedules/{id}          401  401 401 401 401 404   403    404  403    403     403  404 404    404    401
+DELETE /api/v1/schedules/{id}        401  401 401 401 401 403   404    403  403    403     403  404 401    401    401
+POST /api/v1/schedules/{id}/enable   401  401 401 401 401 403   404    403  403    403     403  404 401    401    401
+POST /api/v1/schedules/{id}/disable  401  401 401 401 401 403   404    403  403    403     403  404 401    401    401
 GET  /stream/{app}/{model}/{pk}      401  401 401 401 401 404   403    200  403    403     403  200 200    200    401
 GET  /stream/{model}/{pk}            401  401 401 401 401 404   403    200  403    403     403  200 200    200    401
 """
@@ -68,6 +74,7 @@ BODIES: dict[str, dict[str, Any]] = {
     "/api/v1/runs": {"task": "proj.echo"},
     "/api/v1/runs/batch": {"runs": [{"task": "proj.echo"}]},
     "/api/v1/tokens/revoke": {"jti": "of nobody"},
+    "/api/v1/schedules": {"task": "proj.echo"},  # without a time
 }
 
 

@@ -42,7 +42,7 @@ from taskkit import tokens
 from taskkit.errors import IdempotencyConflict, LifecycleError, SubmitError
 from taskkit.lifecycle import RunStatus
 from taskkit.settings import Settings
-from taskkit.wire.messages import Answer, Created, Row, TaskInfo
+from taskkit.wire.messages import Answer, Created, Row, ScheduleAnswer, ScheduleOrder, TaskInfo
 
 KEY = b"k" * 32
 
@@ -356,6 +356,8 @@ class StubEngine:
     inputs: Inputs = field(default_factory=lambda: Inputs([]))
     submissions: list[Submission] = field(default_factory=list)
     ordered: list[tuple[str, bool]] = field(default_factory=list)
+    schedule_orders: list[ScheduleOrder] = field(default_factory=list)
+    schedule_answers: dict[str, ScheduleAnswer] = field(default_factory=dict)
     held: set[str] = field(default_factory=set)
     grants: Grants = field(default_factory=lambda: Grants(Opened({}, [], {}, 1, 1)))
     position: int = 0
@@ -435,6 +437,13 @@ class StubEngine:
     async def ask(self, app: str, model: str, pk: str) -> Answer:
         await trio.lowlevel.checkpoint()
         return self.answer or Answer(ask="1", status="unknown")
+
+    async def schedule(self, order: ScheduleOrder) -> ScheduleAnswer:
+        await trio.lowlevel.checkpoint()
+        self.schedule_orders.append(order)
+        if self.refusal is not None:
+            raise self.refusal
+        return self.schedule_answers.get(order.order) or ScheduleAnswer(ask="1", status="unknown")
 
     async def end_runner(self, id: str, *, now: bool) -> bool:
         await trio.lowlevel.checkpoint()

@@ -39,6 +39,7 @@ COMMANDS = [
         "release",
         "reset",
         "logs",
+        "schedules",
         "vacuum",
         "token",
     ),
