@@ -1,4 +1,4 @@
-"""Runs, outbox, nodes in Django's admin: to look at, not to edit.
+"""Runs, outbox, nodes in Django's admin: to look at, not to edit; schedules are in `taskkit.admin_schedules`.
 
 The gateway is the only one that moves a run on; an edit here would be overwritten by the next transition. What
 people may have it do with a run is in `taskkit.admin_orders`.
@@ -19,8 +19,9 @@ from django.utils.translation import gettext_lazy as _
 
 from taskkit.admin_filters import AgeFilter, OpenFilter, TaskFilter
 from taskkit.admin_orders import OrdersAdmin
+from taskkit.admin_schedules import ScheduleAdmin
 from taskkit.identifiers import parse_run_id
-from taskkit.models import Node, Outbox, Run
+from taskkit.models import Node, Outbox, Run, Schedule
 
 if TYPE_CHECKING:
     _ModelAdmin = admin.ModelAdmin[Model]
@@ -181,3 +182,6 @@ class NodeAdmin(_ReadOnlyAdmin):
 
     list_display = ("name", "pid", "seen_at", "poke_address", "url")
     search_fields = ("name",)
+
+
+admin.site.register(Schedule, ScheduleAdmin)
