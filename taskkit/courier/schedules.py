@@ -32,6 +32,9 @@ REVIEW: Final = 30.0
 #: Seconds that a schedule may wait longer than it should: its clock was ahead by that much, presumably.
 STRAY: Final = 3600.0
 
+#: Seconds after which a look ends, over a slow line: a piece of work may take taskkit.courier.reach.HANG_SECONDS.
+LONGEST: Final = 2.0
+
 #: Schedules done in one look; the others have theirs at once, behind whatever else the courier has to do.
 ROUND: Final = 50
 
@@ -107,15 +110,23 @@ class Schedules:
         found = list(live.exclude(id__in=list(self._aside)).order_by("next_slot")[:ROUND])
         now = self._wall()
         due = [schedule for schedule in found if _slot_of(schedule) <= now]
-        submitted = [self._try(one, lambda one: firing.fire(self._using, one, now)) for one in due]
-        submitted += [
-            self._try(one, lambda one: firing.advance(self._using, one)) for one in self._with_waiting()
-        ]
+        submitted = self._do_all(due, lambda one: firing.fire(self._using, one, now))
+        submitted |= self._do_all(self._with_waiting(), lambda one: firing.advance(self._using, one))
         if due:  # there are next slots, which this look has not seen
             self._version, self._due = None, -math.inf
         else:
             self._due = min(map(_slot_of, found), default=math.inf)
-        return any(submitted)
+        return submitted
+
+    def _do_all(self, schedules: list[Schedule], act: Callable[[Schedule], bool]) -> bool:
+        """Do these schedules, as far as there is time; return whether something was submitted."""
+        end = self._clock() + LONGEST
+        submitted = False
+        for schedule in schedules:
+            submitted |= self._try(schedule, act)
+            if self._clock() > end:
+                break
+        return submitted
 
     def _with_waiting(self) -> list[Schedule]:
         waiting = Slot.objects.using(self._using).filter(state=Slot.State.WAITING).values("schedule")

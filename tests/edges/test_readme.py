@@ -361,6 +361,35 @@ def own_tests(reader: Reader, text: str) -> None:
     assert "Ran 2 tests" in reader.sh("python manage.py test reports 2>&1")
 
 
+def by_the_clock(reader: Reader, text: str) -> None:
+    """An app of its own, with settings of its own: what the code declares, as a tree would find it."""
+    (reader.folder / "accounts").mkdir()
+    reader.write("accounts/__init__.py", "")
+    reader.write("accounts/tasks.py", text)
+    reader.write(
+        "clock.py", "from mysite.settings import *\nINSTALLED_APPS = [*INSTALLED_APPS, 'accounts']\n"
+    )
+    reader.write(
+        "declared.py",
+        "import django; django.setup()\nfrom taskkit import registry, schedules\n"
+        "print(*schedules.declared(registry.known()))\n",
+    )
+    assert "no issues" in reader.sh("python manage.py check --settings clock 2>&1")
+    told = reader.sh("DJANGO_SETTINGS_MODULE=clock python declared.py")
+    assert "'accounts.close_books'" in told
+    assert "'accounts.look_for_mail'" in told
+
+
+def schedules_of_django(reader: Reader, text: str) -> None:
+    """In a process of the project's, whose tree is there."""
+    reader.write("monthly.py", f"import django; django.setup()\n{text}print(row.id)\n")
+    id = reader.sh("DJANGO_SETTINGS_MODULE=mysite.settings python monthly.py").strip()
+    found = json.loads(reader.sh("bulkhead schedules --json"))["schedules"]
+    assert [(one["name"], one["cron"], one["enabled"]) for one in found if one["id"] == id] == [
+        ("monthly", "0 6 1 * *", False)
+    ]
+
+
 def tutorial_settings(reader: Reader, text: str) -> None:
     """Add to the project's; the tree's own port is the only thing that its reader need not think of."""
     path = reader.folder / "mysite" / "settings.py"
@@ -434,6 +463,8 @@ WAYS: dict[str, Callable[[Reader, str], None]] = {
     "makemigrations reports": migrated,
     "taskkit.backend.BulkheadBackend": own_tasks,
     "# reports/tests.py": own_tests,
+    "# accounts/tasks.py": by_the_clock,
+    "schedules.create(": schedules_of_django,
     "# mysite/settings.py": tutorial_settings,
     "# mysite/urls.py": tutorial_file,
     "# photos/tasks.py": tutorial_file,

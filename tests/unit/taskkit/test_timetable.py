@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from taskkit.timetable import (
+    AT_ONCE,
     MOST_CAUGHT_UP,
     MOST_WAITING,
     PUNCTUAL,
@@ -275,10 +276,12 @@ def test_of_what_was_missed_the_newest_is_made_up_for() -> None:
 
 def test_or_all_of_it_within_a_bound() -> None:
     assert decide(MINUTELY, 600, 750, "all") == ([600, 660, 720], 780)
-    decision = decide(MINUTELY, 600, 10**6, "all")
-    assert decision is not None
-    assert len(decision.slots) == MOST_CAUGHT_UP
-    assert decision.slots[-1] == 10**6 // 60 * 60
+    kept, following = list[int](), 600
+    while (decision := decide(MINUTELY, following, 10**6, "all")) is not None:
+        assert len(decision.slots) <= AT_ONCE, "in steps that a slow line can take"
+        assert decision.next is not None
+        kept, following = [*kept, *decision.slots], decision.next
+    assert kept == [10**6 // 60 * 60 - 60 * back for back in reversed(range(MOST_CAUGHT_UP))]
 
 
 def test_or_nothing_but_what_is_hardly_late() -> None:
