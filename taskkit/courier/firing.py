@@ -103,7 +103,6 @@ def advance(using: str, schedule: Schedule) -> bool:
             return False
         run = _submit(using, schedule, slot.at)
         Slot.objects.using(using).filter(id=slot.id).update(state=Slot.State.SUBMITTED, run=run)
-        failpoints.hit("schedule.fired")
     return True
 
 

@@ -82,7 +82,8 @@ def _runs_by_tag(history: History) -> dict[str, list[StoredRun]]:
     found: dict[str, list[StoredRun]] = {submission.tag: [] for submission in history.submissions}
     for run in history.stored.values():
         for tag in run.tags:
-            found.setdefault(tag, []).append(run)
+            if not tag.startswith("schedule:"):  # the product's own, beside the submission's
+                found.setdefault(tag, []).append(run)
     return found
 
 

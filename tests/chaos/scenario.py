@@ -6,6 +6,7 @@ import contextlib
 import json
 import random
 import sqlite3
+import time
 import uuid
 from collections import defaultdict
 from collections.abc import Callable, Collection
@@ -52,7 +53,7 @@ class Sort:
     Attributes:
       n: events; pause: seconds between them; scale: 40 makes blobs of them.
       options: of the submission.
-      way: "key", over HTTP, repeated until it is answered; "django", through the outbox.
+      way: "key", over HTTP, repeated until it is answered; "django", through the outbox; "clock", by a schedule.
       cancel: whether somebody cancels it once a client has seen an event.
     """
 
@@ -78,6 +79,9 @@ WAVE: Final = (
     Sort("chaos_yields", 3, way="django"),
     Sort("ARow", 2),
 )
+
+#: What is due within two seconds.
+SCHEDULED: Final = Sort("chaos_ticks", 2, way="clock")
 
 #: What a healthy tree performs at once.
 HEALTH: Final = Sort("chaos_ticks", 2)
@@ -156,7 +160,8 @@ class Case:
 
     async def _perform(self, it: Submission, sort: Sort) -> None:
         try:
-            await (self._by_django(it, sort) if it.way == "django" else self._by_http(it, sort))
+            ways = {"django": self._by_django, "clock": self._by_the_clock}
+            await ways.get(it.way, self._by_http)(it, sort)
             if it.run is not None and it.must_exist:
                 self.clients.follow_pairwise(it.run, large=it.scale > 1, maybe_absent=it.way == "django")
                 if sort.cancel:
@@ -169,6 +174,25 @@ class Case:
             self.armed.django.submit, it.task, arguments(it, sort.pause), it.tag
         )
         it.run, it.outcome = answer["run"], answer["outcome"]
+
+    async def _by_the_clock(self, it: Submission, sort: Sort) -> None:
+        """Make a schedule of one moment, then wait for its run."""
+        at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(time.time() + 2))
+        body = {"task": it.task, "at": at, "tags": [it.tag], "kwargs": arguments(it, sort.pause)}
+        while True:
+            status, answer = await self.ask("POST", "/api/v1/schedules", body)
+            if status in (200, 201):
+                break
+            if status not in self._again:
+                it.outcome, it.detail = "refused", f"{status} {answer!r:.200}"
+                return
+            await trio.sleep(0.05)
+        it.outcome = "acknowledged"
+        while it.run is None:
+            status, page = await self.ask("GET", f"/api/v1/runs?tag=schedule:{answer['id']}")
+            if status == 200 and page["runs"]:
+                it.run = page["runs"][0]["id"]
+            await trio.sleep(0.05)
 
     async def _by_http(self, it: Submission, sort: Sort) -> None:
         given = "fields" if it.task == "proj.ARow" else "kwargs"

@@ -14,7 +14,7 @@ import trio
 from taskkit import failpoints, linux
 from tests import helpers
 from tests.chaos.arming import Armed, signal_process, wait_until_stopped
-from tests.chaos.scenario import Case
+from tests.chaos.scenario import SCHEDULED, Case
 
 #: Seconds after which the test lets a stopped process go on, if nobody else has to deal with it.
 STOPPED_SECONDS: Final = 0.6
@@ -27,10 +27,10 @@ TRIGGERS: Final = {
     "gateway.parked": "restart-gateway",
     "reload.ready": "reload",
     "reload.switched": "reload",
-    "schedule.due": "schedule",
-    "schedule.fired": "schedule",
-    "schedule.committed": "schedule",
 }
+
+#: Moments that only what the clock starts comes to.
+BY_THE_CLOCK: Final = frozenset({"schedule.due", "schedule.fired", "schedule.committed"})
 
 #: Moments of a new gateway: it has 20 s to serve, so the test lets it go on before it is replaced.
 NEWBORN: Final = frozenset({"gateway.configured", "gateway.opened", "gateway.serving"})
@@ -69,7 +69,7 @@ def test_every_moment_has_every_action() -> None:
     assert len(CASES) == len(failpoints.POINTS) * 3
     assert {
         point for point, _ in (*ELSEWHERE, *PATIENT)
-    } | TRIGGERS.keys() | NEWBORN <= failpoints.POINTS.keys()
+    } | TRIGGERS.keys() | NEWBORN | BY_THE_CLOCK <= failpoints.POINTS.keys()
 
 
 @pytest.mark.parametrize(("point", "action"), CASES)
@@ -81,6 +81,8 @@ async def test_nothing_is_lost_at(armed: Armed, point: str, action: str) -> None
         if point in TRIGGERS:
             nursery.start_soon(trigger, armed, TRIGGERS[point])
         case.wave()
+        if point in BY_THE_CLOCK:
+            case.submit(SCHEDULED)
         hit = await passed(case, point)
         acted_at = time.monotonic()
         await recover(armed, point, action, hit)
@@ -112,12 +114,6 @@ async def trigger(armed: Armed, what: str) -> None:
     """Do what leads to the moment; the supervisor may die of it, or fail."""
     if what == "kill-gateway":
         signal_process(armed.pid("gateway"), signal.SIGKILL)
-        return
-    if what == "schedule":
-        soon = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(time.time() + 2))
-        body = {"task": "proj.echo", "at": soon}
-        answer = await trio.to_thread.run_sync(lambda: armed.tree.http.post("/api/v1/schedules", json=body))
-        assert answer.is_success, answer.text
         return
     try:
         await trio.to_thread.run_sync(lambda: armed.tree.operate(what, timeout=15.0), abandon_on_cancel=True)

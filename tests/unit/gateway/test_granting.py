@@ -220,7 +220,7 @@ async def test_a_token_of_own_runs_reaches_those_and_no_others(engine: StubEngin
     ("asked_for", "said"),
     [
         ({"Origin": "https://b.example", "Access-Control-Request-Method": "GET"}, "origin"),
-        ({"Origin": "https://a.example", "Access-Control-Request-Method": "DELETE"}, "method"),
+        ({"Origin": "https://a.example", "Access-Control-Request-Method": "PUT"}, "method"),
         (
             {
                 "Origin": "https://a.example",
