@@ -18,13 +18,15 @@ from gateway.endings import (
     among_others,
     ending_of,
     error_of,
+    expired,
     of_user_code,
     quarantine_of,
     with_limit,
 )
+from gateway.expiry import Expiry
 from gateway.grants import Grants
 from gateway.inputs import Inputs
-from gateway.ordering import Ordering
+from gateway.ordering import Ordering, is_limited
 from gateway.output import Line
 from gateway.pace import PATIENCE, Paces
 from gateway.plan import Plan
@@ -60,7 +62,18 @@ from taskkit.wire.session import AttemptState, Judgement, RunnerSession
 #: Why an attempt in a shared process was ended without it.
 _ABANDONED: Final = {
     "timeout": "the attempt exceeded its timeout and did not stop within its grace",
+    "stall_timeout": "the attempt sent no event for its stall_timeout and did not stop within its grace",
     "cancelled": "the task did not stop within its grace after a cancellation",
+}
+
+#: What an attempt is asked to stop for, by the deadline that has passed.
+_TOLD: Final = {"soft_timeout": "soft_timeout", "silence": "stall_timeout"}
+
+#: Why an attempt was asked to stop.
+_ASKED: Final = {
+    "timeout": "the attempt exceeded its timeout and was asked to stop",
+    "soft_timeout": "the attempt exceeded its soft_timeout and was asked to stop",
+    "stall_timeout": "the attempt sent no event for its stall_timeout and was asked to stop",
 }
 
 #: Ended runs that are remembered. A submission waits a few milliseconds for its look into the store; 1,000 runs end
@@ -101,6 +114,7 @@ class Book:
         self._plan = Plan(opened.next_pos, self.untold)
         self._order = Ordering(settings.limits, self._plan)
         self.queues = Queues()
+        self.expiry = Expiry()
         self.casualties = Casualties(settings.breaker, self.queues, self.runs)
         self.draining = False
         self._paces = Paces()
@@ -145,9 +159,13 @@ class Book:
         assigned = {attempt.run.no for attempt in self.attempts.values()}
         for run in self.runs.values():
             if run.status is RunStatus.READY and run.no not in assigned:
-                self.queues.add(run, now)
+                self._enqueue(run, now)
         for runner in self._sources.keys() - adopting:
             self.batch.forgotten.append(runner)
+
+    def _enqueue(self, run: RunRow, now: float) -> None:
+        self.queues.add(run, now)
+        self.expiry.add(run)
 
     def _remember(self, run: RunRow) -> None:
         self.runs[run.no] = run
@@ -161,6 +179,7 @@ class Book:
         if run.row_key is not None and self._by_key.get(run.row_key) == run.no:
             del self._by_key[run.row_key]
         self.queues.remove(run.no)
+        self.expiry.remove(run.no)
         self._ended[run.id] = None
         while len(self._ended) > _REMEMBERED:
             self._ended.popitem(last=False)
@@ -207,6 +226,10 @@ class Book:
             priority=submission.priority,
             run_after=submission.run_after,
             timeout=submission.timeout,
+            soft_timeout=submission.soft_timeout,
+            cpu_timeout=submission.cpu_timeout,
+            stall_timeout=submission.stall_timeout,
+            schedule_timeout=submission.schedule_timeout,
             max_attempts=submission.max_attempts,
             on_lost=submission.task.on_lost,
             metadata=submission.metadata,
@@ -222,7 +245,7 @@ class Book:
         self._next_no += 1
         self._newest_id = max(self._newest_id, run.id)
         self._remember(run)
-        self.queues.add(run, now)
+        self._enqueue(run, now)
         self.untold.add(run)
         self.batch.runs.append(run)
         self.batch.full = True
@@ -256,6 +279,7 @@ class Book:
 
     def _adopt(self, runner: RunnerState, attempt: OpenAttempt) -> None:
         row, run = attempt.row, attempt.run
+        attempt.spoke = self.moment  # as far as is known
         runner.tokens.add(row.token)
         runner.given += 1
         started = row.started_at is not None
@@ -264,6 +288,7 @@ class Book:
         self._plan.tell(Assigned(runner=runner.spec.id, last=runner.retiring))
         if started:  # whether the supervisor heard of its limit is not known
             self._order.limit_time(run, row, at_most=True)
+            self._order.limit_rest(run, row, at_most=True)
         else:
             self._order.start(run, row, self.memory_limits.get(run.task))
         self._order.hear(row, self.inputs.of(run.no))  # which of them it has heard is not known
@@ -272,7 +297,7 @@ class Book:
         if run.cancelling:
             self._order.cancel(row)
         elif attempt.overdue:
-            self._order.ask_to_stop(row, "timeout")
+            self._ask_again(attempt)
 
     def runner_exited(self, id: str, cause: Cause) -> None:
         """A runner has died; its pipe is read to the end before its attempts are judged."""
@@ -329,20 +354,27 @@ class Book:
         if run.cancelling:
             self._end_run(run, RunEvent.CANCEL, now, error=error_of(Ending.CANCELLED, None, None))
         else:
-            self.queues.add(run, now)
+            self._enqueue(run, now)
 
     # --- dispatch ------------------------------------------------------------------------------------------
 
     def claim(self, now: float) -> None:
-        """Give waiting runs to free runners."""
+        """Give waiting runs to free runners; those that have waited too long end."""
         if self.draining:
             return
+        self._expire(now)
         self.queues.wake(self.moment)
         self._take_back()
         for pool in pools_of(self._limits, self.queues, now, self.casualties.trials(self.moment)):
             while self._claim_alone(pool, now) or self._claim_one(pool, now):
                 pass
             self._claim_ahead(pool, now)
+
+    def _expire(self, now: float) -> None:
+        for no in self.expiry.due(now):
+            run = self.runs.get(no)
+            if run is not None and self.queues.waits_for(no):
+                self._end_run(run, RunEvent.FAIL, now, error=expired(run))
 
     def _claim_one(self, pool: str, now: float) -> bool:
         chosen = choose(self._seats(pool), self._limits[pool])
@@ -398,7 +430,7 @@ class Book:
 
     def _may_go_ahead(self, run: RunRow) -> bool:
         # The deadline of one that has not begun would be that of the one in front of it.
-        return run.timeout is None and self._paces.is_quick(run.task)
+        return not is_limited(run) and self._paces.is_quick(run.task)
 
     def _is_stuck(self, runner: RunnerState) -> bool:
         return runner.recalled or self.moment - runner.progressed > PATIENCE
@@ -504,6 +536,7 @@ class Book:
 
     def _event(self, token: str, type: str, data: bytes, now: float, blob: str | None = None) -> OpenAttempt:
         attempt = self.attempts[token]
+        attempt.spoke = self.moment
         # JSON of ours has no line break; with one, a task could forge events of a stream.
         if b"\n" in data or b"\r" in data:
             raise UnexpectedMessage("an event's data has a line break")
@@ -527,6 +560,9 @@ class Book:
         run.runner, run.attempted_at = row.runner, now
         self.batch.changed_attempts.append(row)
         self._order.limit_time(run, row)
+        self._order.limit_rest(run, row)
+        attempt.listened = self.moment
+        self.expiry.remove(run.no)
         self._progressed(row.runner)
         if run.cancelling:  # before it had begun, when only giving it back was asked for
             self._order.cancel(row)
@@ -541,9 +577,8 @@ class Book:
             ending = Ending.LOST
         if attempt.overdue and ending is not Ending.RETURNED and not attempt.run.cancelling:
             assert attempt.row.cause is not None
-            self._end_attempt(
-                attempt, Ending.TIMED_OUT, now, cause=msgspec.json.decode(attempt.row.cause, type=Cause)
-            )
+            cause = msgspec.json.decode(attempt.row.cause, type=Cause)
+            self._end_attempt(attempt, Ending.TIMED_OUT, now, cause=cause, finished=message)
             return
         self._end_attempt(attempt, ending, now, finished=message)
 
@@ -578,7 +613,7 @@ class Book:
             runner.runs_done += 1
             runner.last_ending = ending.value
             self._order.see_off(runner)
-        if attempt.run.timeout is not None or attempt.run.cancelling:  # others have no deadline
+        if is_limited(attempt.run) or attempt.run.cancelling:  # others have no deadline
             self._plan.tell(Disarm(runner=row.runner, token=row.token))
 
     def _note_pace(self, attempt: OpenAttempt, ending: Ending, finished: Finished | None) -> None:
@@ -608,8 +643,10 @@ class Book:
         if ending is Ending.LOST:
             run.counted -= 1
         run.crashes += ending is Ending.CRASHED
+        # What was raised in a task that was asked to stop, its `backoff` has seen.
+        raised = ending is Ending.TIMED_OUT and finished is not None and finished.ending == Ending.RAISED
         decision = verdict(
-            ending,
+            Ending.RAISED if raised else ending,
             attempts=max(run.counted, 1),
             max_attempts=run.max_attempts,
             on_lost=run.on_lost,
@@ -714,21 +751,39 @@ class Book:
         return row.number, before
 
     def expired(self, runner: str, token: str, kind: str, now: float) -> None:
-        """The deadline of an attempt in a shared process has passed; said again until it has ended.
+        """A deadline has passed for which the supervisor ends nobody; said again until the attempt has ended.
 
-        One that is overdue is asked to stop first. What does not stop is abandoned: it ends here, whatever it says
-        later is a stray, and its runner leaves when its neighbours are done.
+        One that is overdue is asked to stop first. What does not stop in a shared process is abandoned: it ends here,
+        whatever it says later is a stray, and its runner leaves when its neighbours are done.
         """
         attempt = self.attempts.get(token)
         if attempt is None:
             self._plan.tell(Disarm(runner=runner, token=token))
+        elif kind == "silence" and (left := attempt.silence_left(self.moment)):
+            attempt.listened = self.moment
+            self._order.listen_on(attempt.row, left)
+        elif kind in _TOLD:
+            if not (attempt.overdue or attempt.run.cancelling or attempt.stopping):
+                self._ask(attempt, _TOLD[kind])
         elif kind == "timeout" and attempt.row.started_at is not None and not attempt.overdue:
-            cause = Cause(kind=kind, detail="the attempt exceeded its timeout and was asked to stop")
-            attempt.row.cause = msgspec.json.encode(cause)
-            self.batch.changed_attempts.append(attempt.row)
-            self._order.ask_to_stop(attempt.row, kind)
+            self._ask(attempt, kind)
         else:
             self._abandon(attempt, kind, now)
+
+    def _ask(self, attempt: OpenAttempt, kind: str) -> None:
+        """Ask an attempt to stop that has exceeded a limit."""
+        cause = Cause(kind=kind, detail=_ASKED[kind])
+        attempt.row.cause = msgspec.json.encode(cause)
+        self.batch.changed_attempts.append(attempt.row)
+        self._ask_again(attempt)
+
+    def _ask_again(self, attempt: OpenAttempt) -> None:
+        assert attempt.row.cause is not None
+        kind = msgspec.json.decode(attempt.row.cause, type=Cause).kind
+        if kind == "stall_timeout":
+            self._order.rouse(attempt.row)
+        else:
+            self._order.ask_to_stop(attempt.row, kind)
 
     def _abandon(self, attempt: OpenAttempt, kind: str, now: float) -> None:
         runner = self.runners.get(attempt.row.runner)

@@ -104,6 +104,10 @@ class Queues:
                 if run is not None:
                     self._push(run)
 
+    def waits_for(self, no: int) -> bool:
+        """Whether this run waits."""
+        return no in self._waiting
+
     # --- giving out -----------------------------------------------------------------------------------------
 
     def next_due(self) -> float | None:

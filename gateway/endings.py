@@ -17,9 +17,15 @@ _RESULT_IN_STREAM: Final = 64 * 1024
 #: Error code of a run that has killed too many runners.
 QUARANTINED: Final = "quarantined"
 
+#: Error code of a run that has waited too long to be started.
+EXPIRED: Final = "expired"
+
 #: How a runner's death ends the attempt that was open on it; what is not listed is the task's own crash.
 _BY_CAUSE: Final = {
     "timeout": Ending.TIMED_OUT,
+    "soft_timeout": Ending.TIMED_OUT,
+    "cpu_timeout": Ending.TIMED_OUT,
+    "stall_timeout": Ending.TIMED_OUT,
     "cancelled": Ending.CANCELLED,
     "stopped": Ending.LOST,
     "operator": Ending.LOST,
@@ -86,6 +92,12 @@ def last_event(run: RunRow, error: dict[str, Any] | None) -> dict[str, Any]:
 
 def rfc3339(at: float) -> str:
     return dt.datetime.fromtimestamp(at, dt.UTC).isoformat().replace("+00:00", "Z")
+
+
+def expired(run: RunRow) -> dict[str, Any]:
+    """Return the error of a run that was not started in time."""
+    message = f"the run was not started within its schedule_timeout of {run.schedule_timeout:g} s"
+    return {"code": EXPIRED, "message": message}
 
 
 def error_of(ending: Ending, cause: Cause | None, failure: TaskFailure | None) -> dict[str, Any]:

@@ -408,7 +408,7 @@ class Engine:
             self.wake_within(_FAREWELL)
 
     def expired(self, message: Expired) -> None:
-        """The deadline of an attempt in a shared process has passed."""
+        """A deadline has passed for which the supervisor ends nobody."""
         told = (message.runner, message.token, message.kind)
         self._requests.append(_Request(lambda: self.book.expired(*told, time.time())))
         self.wake()
@@ -450,8 +450,9 @@ class Engine:
         """Return seconds until something has to be looked at without being woken."""
         looks = (self._pipes.next_look(), self.courier.next_look(), self.book.next_look())
         waits = [look - trio.current_time() for look in looks if look is not None]
-        due = self.book.queues.next_due()
-        if due is not None:
+        for due in (self.book.queues.next_due(), self.book.expiry.next()):
+            if due is None:
+                continue
             # A wall clock may step: look at least once a second while a run waits for its time.
             waits.append(min(due - time.time(), 1.0))
         moments = (self.book.queues.next_delayed(), self.book.casualties.next_trial(self.book.moment))

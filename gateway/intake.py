@@ -16,7 +16,7 @@ import trio
 
 from gateway.submission import Submission
 from taskkit.errors import InvalidArguments, NotWritable, QueueFull
-from taskkit.wire.messages import Create, Created, Kill, Submit
+from taskkit.wire.messages import LIMITS, Create, Created, Kill, Submit
 
 if TYPE_CHECKING:
     from gateway.engine import Engine
@@ -122,6 +122,7 @@ def _entry(submission: Submission) -> Submit:
         priority=submission.priority,
         run_after=submission.run_after,
         timeout=submission.timeout,
+        **{name: getattr(submission, name) for name in LIMITS},
         max_attempts=submission.max_attempts,
         metadata=msgspec.json.decode(submission.metadata),
         tags=list(submission.tags),

@@ -20,6 +20,7 @@ from taskkit.channel import Channel
 from taskkit.errors import NotWritable, RemoteWireError, SubmitError
 from taskkit.lifecycle import RunStatus
 from taskkit.wire.messages import (
+    LIMITS,
     Answer,
     Ask,
     CourierToGateway,
@@ -278,6 +279,7 @@ def _body(message: Submit) -> Mapping[str, Any]:
         "pool": message.pool,
         "priority": message.priority,
         "timeout": message.timeout,
+        **{name: getattr(message, name) for name in LIMITS},
         "max_attempts": message.max_attempts,
         "metadata": message.metadata or None,
         "tags": message.tags or None,

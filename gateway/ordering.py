@@ -20,8 +20,18 @@ from taskkit.wire.messages import Assigned, Cancel, Deadline, Input, Retire, Row
 #: whoever dies, and set anew when the attempt begins.
 _START_SECONDS: Final = 10.0
 
+#: Seconds after which the supervisor says again that a deadline has passed for which it ends nobody: the gateway that
+#: it told may have died over it.
+_SAID_AGAIN: Final = 30.0
+
 #: Seconds for a shared runner to leave when its runs have ended, at least.
 _LEAVE_SECONDS: Final = 1.0
+
+
+def is_limited(run: RunRow) -> bool:
+    """Whether attempts of this run have deadlines from their beginning."""
+    limits = (run.timeout, run.soft_timeout, run.cpu_timeout, run.stall_timeout)
+    return any(limit is not None for limit in limits)
 
 
 class Ordering:
@@ -75,6 +85,40 @@ class Ordering:
             at_most=at_most,
         )
         self._plan.tell(deadline)
+
+    def limit_rest(self, run: RunRow, row: AttemptRow, *, at_most: bool = False) -> None:
+        """Limit what an attempt does that has begun, besides the time it takes (`limit_time`)."""
+        grace = self._limits.kill_grace_seconds
+        for kind, after, wait in (
+            ("soft_timeout", run.soft_timeout, _SAID_AGAIN),
+            ("silence", run.stall_timeout, _SAID_AGAIN),
+            ("cpu_timeout", run.cpu_timeout, grace),
+        ):
+            if after is not None:
+                deadline = Deadline(
+                    runner=row.runner, token=row.token, kind=kind, after=after, grace=wait, at_most=at_most
+                )
+                self._plan.tell(deadline)
+
+    def listen_on(self, row: AttemptRow, seconds: float) -> None:
+        """Have the supervisor say in so many seconds that an attempt may have been silent for too long."""
+        deadline = Deadline(
+            runner=row.runner, token=row.token, kind="silence", after=seconds, grace=_SAID_AGAIN
+        )
+        self._plan.tell(deadline)
+
+    def rouse(self, row: AttemptRow) -> None:
+        """Ask an attempt to stop that has been silent for too long; it is ended when it does not within its grace."""
+        deadline = Deadline(
+            runner=row.runner,
+            token=row.token,
+            kind="stall_timeout",
+            after=self._limits.cancel_grace_seconds,
+            grace=self._limits.kill_grace_seconds,
+            at_most=True,
+        )
+        self._plan.tell(deadline)
+        self.ask_to_stop(row, "stall_timeout")
 
     def cancel(self, row: AttemptRow, grace: float | None = None) -> None:
         """Ask an attempt to stop because somebody wants its run to; it is ended when it does not within its grace.

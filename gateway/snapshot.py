@@ -65,6 +65,10 @@ class Summary(TypedDict):
     started_at: Time | None
     finished_at: Time | None
     timeout: float | None
+    soft_timeout: float | None
+    cpu_timeout: float | None
+    stall_timeout: float | None
+    schedule_timeout: float | None
     progress: msgspec.Raw | None
     error: msgspec.Raw | None
     metadata: msgspec.Raw | None
@@ -135,6 +139,10 @@ class Task(TypedDict):
     pool: str
     priority: int
     timeout: float | None
+    soft_timeout: float | None
+    cpu_timeout: float | None
+    stall_timeout: float | None
+    schedule_timeout: float | None
     max_attempts: int
     memory_limit: int | None
     on_lost: str
@@ -185,6 +193,10 @@ def summary(run: RunRow) -> Summary:
         "started_at": rfc3339(run.started_at),
         "finished_at": rfc3339(run.finished_at),
         "timeout": run.timeout,
+        "soft_timeout": run.soft_timeout,
+        "cpu_timeout": run.cpu_timeout,
+        "stall_timeout": run.stall_timeout,
+        "schedule_timeout": run.schedule_timeout,
         "progress": raw(run.progress),
         "error": raw(run.error),
         "metadata": raw(run.metadata),
@@ -274,6 +286,10 @@ def task(info: TaskInfo) -> Task:
         "pool": info.pool,
         "priority": info.priority,
         "timeout": info.timeout,
+        "soft_timeout": info.soft_timeout,
+        "cpu_timeout": info.cpu_timeout,
+        "stall_timeout": info.stall_timeout,
+        "schedule_timeout": info.schedule_timeout,
         "max_attempts": info.max_attempts,
         "memory_limit": info.memory_limit,
         "on_lost": info.on_lost,

@@ -12,15 +12,33 @@ from taskkit.wire.session import RunnerSession
 
 @dataclass(slots=True)
 class OpenAttempt:
-    """An attempt that has not ended. `stopping`: the tree stops, so its end is nobody's fault."""
+    """An attempt that has not ended.
+
+    Attributes:
+      stopping: the tree stops, so its end is nobody's fault.
+      spoke: moment of its newest event.
+      listened: moment since when its `stall_timeout` counts, if it has one.
+    """
 
     row: AttemptRow
     run: RunRow
     stopping: bool = False
+    spoke: float = 0.0
+    listened: float = 0.0
+
+    def silence_left(self, moment: float) -> float:
+        """Return seconds until it has been silent for too long; 0.0 when it has been, or has no such limit.
+
+        An event before `listened` says nothing: by the supervisor's clock, which stands still while nobody reads what
+        a task says, the whole time since then has passed in silence.
+        """
+        if self.run.stall_timeout is None or self.spoke <= self.listened:
+            return 0.0
+        return max(self.run.stall_timeout / 10, self.spoke + self.run.stall_timeout - moment)
 
     @property
     def overdue(self) -> bool:
-        """Whether it has exceeded its timeout in a shared process, and was asked to stop."""
+        """Whether it has exceeded a limit of its time, and was asked to stop."""
         return self.row.cause is not None and self.row.ending is None
 
 

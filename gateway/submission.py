@@ -32,7 +32,7 @@ from gateway.store.rows import RunRow
 from taskkit.errors import InvalidArguments, UnknownTask
 from taskkit.identifiers import new_run_id, parse_run_id
 from taskkit.settings import LimitSettings, PoolSettings
-from taskkit.wire.messages import Row, TaskInfo
+from taskkit.wire.messages import LIMITS, Row, TaskInfo
 
 MAX_TAGS: Final = 20
 MAX_TAG: Final = 100  # characters
@@ -58,7 +58,11 @@ FIELDS: Final[Mapping[str, Field]] = {
     "pool": text().about("Pool of runners; default: the task's own.", "must be the name of a pool"),
     "priority": whole(-100, 100).about("The larger is performed first."),
     "run_after": time_in_utc().about("Not before this moment."),
-    "timeout": some_seconds().about("Seconds per attempt."),
+    "timeout": some_seconds().about("Seconds per attempt; then it is ended."),
+    "soft_timeout": some_seconds().about("Seconds per attempt; then it is asked to stop."),
+    "cpu_timeout": some_seconds().about("Seconds of CPU per attempt."),
+    "stall_timeout": some_seconds().about("Seconds without an event, at most."),
+    "schedule_timeout": some_seconds().about("Seconds that the run may wait to be started."),
     "max_attempts": whole(1, MAX_ATTEMPTS).about("Attempts until the run has failed."),
     "metadata": mapping().about(f"Travels with the run; at most {MAX_METADATA} bytes of JSON."),
     "tags": texts(MAX_TAGS, MAX_TAG).about("What lists of runs can be narrowed by."),
@@ -77,7 +81,7 @@ class Submission:
       args, kwargs, metadata: JSON.
       row: the task row of a model task; None until it is created.
       run_after: Unix seconds.
-      timeout: seconds per attempt; None: no limit.
+      timeout, soft_timeout, cpu_timeout, stall_timeout, schedule_timeout: seconds; None: no limit.
       subject: who submits, the `sub` of a token.
       origin: "http" or "outbox".
       using: alias of the Django database that the run is projected to.
@@ -103,6 +107,10 @@ class Submission:
     key: str | None = None
     digest: bytes = b""
     replay_of: str | None = None
+    soft_timeout: float | None = None
+    cpu_timeout: float | None = None
+    stall_timeout: float | None = None
+    schedule_timeout: float | None = None
 
 
 class Catalogue:
@@ -184,7 +192,7 @@ def parse_submission(
         subject=subject,
         origin=origin,
     )
-    submission.timeout = read.timeout(task, pools.get(submission.pool))
+    read.limits(submission, task, pools.get(submission.pool))
     submission.args, submission.kwargs = read.arguments(task, catalogue, limits)
     if errors:
         shown = "; ".join(f"{field}: {text}" for field, text in itertools.islice(errors.items(), 5))
@@ -213,7 +221,12 @@ def row_submission(
         subject=subject,
         origin=origin,
         using=row.using,
+        **_limits(task),
     )
+
+
+def _limits(given: TaskInfo | RunRow) -> dict[str, Any]:
+    return {name: getattr(given, name) for name in LIMITS}
 
 
 def replay_of(
@@ -254,6 +267,7 @@ def replay_of(
         origin=run.origin,
         using=run.using,
         replay_of=run.id,
+        **_limits(run),
     )
 
 
@@ -295,11 +309,20 @@ class _Reader:
         text = self._get("run_after")
         return None if text is None else parse_time(text)
 
-    def timeout(self, task: TaskInfo, pool: PoolSettings | None) -> float | None:
-        value = self._get("timeout")
-        if value is not None:
-            return float(value)
-        return task.timeout if task.timeout is not None or pool is None else pool.timeout
+    def limits(self, submission: Submission, task: TaskInfo, pool: PoolSettings | None) -> None:
+        """Set the submission's limits of time: its own, else the task's, else the pool's."""
+        for name in ("timeout", *LIMITS):
+            value = self._get(name)
+            setattr(submission, name, getattr(task, name) if value is None else float(value))
+        if submission.timeout is None and pool is not None:
+            submission.timeout = pool.timeout
+        soft, hard = submission.soft_timeout, submission.timeout
+        if soft is not None and hard is not None and soft >= hard:
+            self._errors["soft_timeout"] = f"must be shorter than the timeout, {hard:g} s"
+        if submission.cpu_timeout is not None and pool is not None and pool.concurrency > 1:
+            self._errors["cpu_timeout"] = (
+                f"the pool {submission.pool!r} performs several runs in one process, whose CPU time is not known by run"
+            )
 
     def max_attempts(self, task: TaskInfo) -> int:
         value = self._get("max_attempts")

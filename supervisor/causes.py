@@ -19,6 +19,8 @@ _OWN_EXITS: Final = {
 #: What a kill was ordered for, in a sentence.
 _ORDERED: Final = {
     "timeout": "the attempt exceeded its timeout and was ended",
+    "cpu_timeout": "the attempt used up its cpu_timeout and was ended",
+    "stall_timeout": "the attempt sent no event for its stall_timeout, did not stop when asked to, and was ended",
     "cancelled": "the task did not stop within its grace after a cancellation and was ended",
     "stopped": "the tree stops, and the task did not stop within its grace",
     "corrupt": "the task wrote bytes of its own into its runner's events pipe",

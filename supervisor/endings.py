@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 from collections.abc import Callable
 from typing import Final
@@ -10,10 +11,17 @@ from typing import Final
 import trio
 
 from supervisor.child import Child
+from supervisor.cpu import cpu_of
 from supervisor.deadlines import DeadlineLedger, Due
-from supervisor.runners import Runners
+from supervisor.runners import Runner, Runners
 from taskkit import failpoints, linux
-from taskkit.wire.messages import Deadline, Expired
+from taskkit.wire.messages import TOLD, Deadline, Expired
+
+#: The kind of deadline that passes by CPU.
+_CPU: Final = "cpu_timeout"
+
+#: Processors that may work for one attempt at the same time.
+_PROCESSORS: Final = len(os.sched_getaffinity(0))
 
 #: Reasons for which deadlines stand still.
 NO_GATEWAY: Final = "no gateway listens"
@@ -30,6 +38,9 @@ _KEPT_GRACE: Final = 1.0
 #: Seconds after which a deadline in a shared process is told of again, at least.
 _EXPIRED_AGAIN: Final = 0.5
 
+#: Seconds between looks at the CPU of a runner whose attempt has nearly used up its own, at least.
+_CPU_LOOK_SECONDS: Final = 0.2
+
 logger = logging.getLogger("bulkhead.supervisor")
 
 
@@ -38,7 +49,9 @@ class Endings:
 
     Args:
       clock: returns seconds that go on while the machine sleeps.
-      on_expired: is told of the deadlines of attempts in shared processes, which are not ended for one of them.
+      on_expired: is told of the deadlines for which no process is ended: of attempts in shared ones, of kinds in
+        `TOLD`.
+      cpu: returns the seconds of CPU that a process and those it has started have used.
     """
 
     def __init__(
@@ -47,7 +60,9 @@ class Endings:
         nursery: trio.Nursery,
         clock: Callable[[], float] = linux.boottime,
         on_expired: Callable[[Expired], None] = lambda _: None,
+        cpu: Callable[[int], float] = cpu_of,
     ) -> None:
+        self._cpu = cpu
         self._on_expired = on_expired
         self._runners = runners
         self._nursery = nursery
@@ -61,9 +76,25 @@ class Endings:
         """Set a deadline of an attempt."""
         failpoints.hit("deadline.set")
         runner = self._runners.all.get(order.runner)
-        if runner is not None and runner.exited is None:
+        if runner is None or runner.exited is not None:
+            return
+        if order.kind == _CPU:
+            self._arm_cpu(runner, order)
+        else:
             self._ledger.arm(order, self._clock())
-            self._changed.set()
+        self._changed.set()
+
+    def _arm_cpu(self, runner: Runner, order: Deadline) -> None:
+        known = order.at_most and (order.runner, order.token, _CPU) in self._ledger
+        if not known and runner.spec.concurrency == 1:  # whose CPU it is in a shared process nobody can tell
+            limit = self._cpu(runner.child.pid) + order.after
+            self._look_at_cpu(order.runner, order.token, order.grace, order.after, limit)
+
+    def _look_at_cpu(self, runner: str, token: str, grace: float, left: float, limit: float) -> None:
+        """Look at an attempt's CPU no sooner than all processors together could have used up what is left of it."""
+        soon = max(left / _PROCESSORS, _CPU_LOOK_SECONDS)
+        order = Deadline(runner=runner, token=token, kind=_CPU, after=soon, grace=grace)
+        self._ledger.arm(order, self._clock(), limit)
 
     def disarm(self, runner: str, token: str | None = None) -> None:
         """Forget the deadlines of an attempt, or of a dead runner."""
@@ -114,16 +145,30 @@ class Endings:
         while True:
             self._changed = trio.Event()
             for due in self._ledger.due(self._clock()):
-                if not self._expire(due):
+                if not self._expire(due) and not self._has_cpu_left(due):
                     logger.info("runner %s: %s; ending it", due.runner, due.kind)
                     self.end(due.runner, due.kind, due.grace)
             with trio.move_on_after(min(self._ledger.next() - self._clock(), _LOOK_SECONDS)):
                 await self._changed.wait()
 
-    def _expire(self, due: Due) -> bool:
-        """Tell the gateway instead, when others share the attempt's process; once more if it does not disarm."""
+    def _has_cpu_left(self, due: Due) -> bool:
+        """Look again later, if the attempt may use more CPU than it has used by now."""
         runner = self._runners.all.get(due.runner)
-        if runner is None or runner.spec.concurrency == 1 or not due.token:
+        if due.kind != _CPU or runner is None or runner.exited is not None:
+            return False
+        left = due.cpu - self._cpu(runner.child.pid)
+        if left > 0:
+            self._look_at_cpu(due.runner, due.token, due.grace, left, due.cpu)
+        return left > 0
+
+    def _expire(self, due: Due) -> bool:
+        """Tell the gateway instead, if the deadline is of a kind that it acts on, or others share the process.
+
+        It is told once more if it does not disarm.
+        """
+        runner = self._runners.all.get(due.runner)
+        alone = runner is None or runner.spec.concurrency == 1
+        if not due.token or (alone and due.kind not in TOLD):
             return False
         again = max(due.grace, _EXPIRED_AGAIN)
         order = Deadline(runner=due.runner, token=due.token, kind=due.kind, after=again, grace=due.grace)

@@ -44,6 +44,10 @@ class BulkheadTask(Task[_P, _T]):
     max_attempts: int = 1
     backoff: Backoff | None = None
     timeout: float | None = None
+    soft_timeout: float | None = None
+    cpu_timeout: float | None = None
+    stall_timeout: float | None = None
+    schedule_timeout: float | None = None
     metadata: Mapping[str, Any] = field(default_factory=dict, hash=False)
     memory_limit: int | None = None
     on_lost: Literal["retry", "fail"] = "retry"

@@ -40,6 +40,7 @@ ENDINGS: Final[Mapping[str, type[RunError]]] = {
     "raised": RunFailed,
     "crashed": RunCrashed,
     "timed_out": RunTimedOut,
+    "expired": RunTimedOut,
     "cancelled": RunWasCancelled,
     "lost": RunLost,
 }

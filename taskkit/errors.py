@@ -17,7 +17,8 @@ TaskkitError
    + NeverReady, RestartIntensityExceeded, AlreadyRunning, AddressInUse
 RunCancelled(BaseException)  raised *inside* a task: `except Exception` must not eat it
 Class paths recorded for an end that no exception of user code brought about (Django's TaskError):
-  TaskTimeout(TimeoutError), RunnerCrashed, RunnerOutOfMemory, RunnerLost, TaskCancelled
+  TaskTimeout(TimeoutError), CpuTimeout, ScheduleTimeout, RunnerCrashed, RunnerOutOfMemory, RunnerLost, TaskCancelled
+SoftTimeout, StallTimeout (TaskTimeout)  raised inside a task that has to stop, too
 """
 
 from __future__ import annotations
@@ -213,6 +214,26 @@ class RunCancelled(BaseException):
 
 class TaskTimeout(TimeoutError):
     """An attempt exceeded its `timeout` and was ended by the supervisor."""
+
+
+class SoftTimeout(TaskTimeout):
+    """An attempt exceeded its `soft_timeout`; raised inside a synchronous task.
+
+    An Exception, as Celery's SoftTimeLimitExceeded: catch it to return what there is, or let it pass. An async task
+    gets its event loop's own cancellation instead.
+    """
+
+
+class StallTimeout(TaskTimeout):
+    """An attempt sent no event for its `stall_timeout`; raised inside a synchronous task, as `SoftTimeout`."""
+
+
+class CpuTimeout(TaskTimeout):
+    """An attempt used up its `cpu_timeout` and was ended by the supervisor."""
+
+
+class ScheduleTimeout(TaskTimeout):
+    """The run waited longer than its `schedule_timeout`; it was not started."""
 
 
 class RunnerCrashed(Exception):

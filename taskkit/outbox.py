@@ -32,7 +32,7 @@ from taskkit.rows import row_address, task_name
 from taskkit.threads import in_thread
 from taskkit.times import moment, unix_time
 from taskkit.wire import codec
-from taskkit.wire.messages import Row, Submit
+from taskkit.wire.messages import LIMITS, Row, Submit
 
 if TYPE_CHECKING:
     from taskkit.registry import TaskDefinition
@@ -131,6 +131,10 @@ def submit(
     priority: int | None = None,
     run_after: datetime | timedelta | None = None,
     timeout: float | timedelta | None = None,
+    soft_timeout: float | timedelta | None = None,
+    cpu_timeout: float | timedelta | None = None,
+    stall_timeout: float | timedelta | None = None,
+    schedule_timeout: float | timedelta | None = None,
     max_attempts: int | None = None,
     metadata: Mapping[str, Any] | None = None,
     tags: Sequence[str] = (),
@@ -174,7 +178,11 @@ def submit(
         pool=pool,
         priority=priority,
         run_after=None if run_after is None else unix_time(run_after, "run_after"),
-        timeout=timeout.total_seconds() if isinstance(timeout, timedelta) else timeout,
+        timeout=_seconds(timeout),
+        soft_timeout=_seconds(soft_timeout),
+        cpu_timeout=_seconds(cpu_timeout),
+        stall_timeout=_seconds(stall_timeout),
+        schedule_timeout=_seconds(schedule_timeout),
         max_attempts=max_attempts,
         metadata=as_json(dict(metadata or {}), "metadata"),
         tags=list(tags),
@@ -183,6 +191,10 @@ def submit(
     )
     check(submission)
     return _insert(submission, priority=definition.info.priority, backend=backend, queue=queue)
+
+
+def _seconds(given: float | timedelta | None) -> float | None:
+    return given.total_seconds() if isinstance(given, timedelta) else given
 
 
 async def asubmit(*args: Any, **kwargs: Any) -> RunHandle:
@@ -329,8 +341,10 @@ def check(submission: Submit) -> None:
     """
     if submission.priority is not None and submission.priority not in PRIORITIES:
         raise ValueError(f"priority = {submission.priority!r}: it goes from -100 to 100")
-    if submission.timeout is not None and not 0 < submission.timeout < math.inf:
-        raise ValueError(f"timeout = {submission.timeout!r}: it must be a number of seconds above 0")
+    for name in ("timeout", *LIMITS):
+        seconds = getattr(submission, name)
+        if seconds is not None and not 0 < seconds < math.inf:
+            raise ValueError(f"{name} = {seconds!r}: it must be a number of seconds above 0")
     if submission.max_attempts is not None and submission.max_attempts < 1:
         raise ValueError(f"max_attempts = {submission.max_attempts!r}: it must be at least 1")
     if not all(isinstance(tag, str) for tag in submission.tags):

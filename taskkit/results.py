@@ -39,12 +39,19 @@ _EXCEPTIONS: Final = {
     "crashed": "taskkit.errors.RunnerCrashed",
     "quarantined": "taskkit.errors.RunnerCrashed",
     "timed_out": "taskkit.errors.TaskTimeout",
+    "expired": "taskkit.errors.ScheduleTimeout",
     "cancelled": "taskkit.errors.TaskCancelled",
     "lost": "taskkit.errors.RunnerLost",
 }
 
-#: Kinds of death for want of memory.
-_OUT_OF_MEMORY: Final = ("oom", "oom_suspected")
+#: The exception that stands for a cause, if there is a better one than for its code.
+_BY_CAUSE: Final = {
+    "oom": "taskkit.errors.RunnerOutOfMemory",
+    "oom_suspected": "taskkit.errors.RunnerOutOfMemory",
+    "soft_timeout": "taskkit.errors.SoftTimeout",
+    "cpu_timeout": "taskkit.errors.CpuTimeout",
+    "stall_timeout": "taskkit.errors.StallTimeout",
+}
 
 
 def of_submission(
@@ -125,7 +132,7 @@ def _errors(run: Run) -> list[Mapping[str, Any]]:
 def error_of(error: Mapping[str, Any]) -> TaskError:
     """Return an attempt's bad end, `{code, message, exception?, traceback?, cause?}`, as theirs."""
     path = error.get("exception") or _EXCEPTIONS.get(error.get("code", ""), "taskkit.errors.TaskkitError")
-    if (error.get("cause") or {}).get("kind") in _OUT_OF_MEMORY:
-        path = "taskkit.errors.RunnerOutOfMemory"
+    if error.get("code") not in ("cancelled", "lost"):
+        path = _BY_CAUSE.get((error.get("cause") or {}).get("kind", ""), path)
     said = error.get("traceback") or f"{path}: {error.get('message', '')}\n"
     return TaskError(exception_class_path=path, traceback=said)

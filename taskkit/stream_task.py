@@ -84,15 +84,20 @@ class StreamTask(models.Model):
     the result and becomes `final_value`; what it yields becomes `progress` events. It runs in a runner,
     once per start of the row.
 
-    Options are class attributes, by the names of `@task`: `pool`, `priority`, `timeout`, `max_attempts`,
-    `backoff`, `memory_limit`, `metadata`, `on_lost`, `on_disconnect`, `loop`. A model field of such a name
-    is a field, not an option. `submit_fields` lists the fields that a submission over HTTP may set; by
+    Options are class attributes, by the names of `@task`: `pool`, `priority`, `timeout`, `soft_timeout`,
+    `cpu_timeout`, `stall_timeout`, `schedule_timeout`, `max_attempts`, `backoff`, `memory_limit`,
+    `metadata`, `on_lost`, `on_disconnect`, `loop`. A model field of such a name is a field, not an option.
+    `submit_fields` lists the fields that a submission over HTTP may set; by
     default all own editable fields that are neither relations nor files.
     """
 
     pool: ClassVar[str] = "default"
     priority: ClassVar[int] = 0
     timeout: ClassVar[float | None] = None
+    soft_timeout: ClassVar[float | None] = None
+    cpu_timeout: ClassVar[float | None] = None
+    stall_timeout: ClassVar[float | None] = None
+    schedule_timeout: ClassVar[float | None] = None
     max_attempts: ClassVar[int] = 1
     backoff: ClassVar[Callable[[BaseException, Any], float | None] | None] = None
     memory_limit: ClassVar[int | None] = None

@@ -30,7 +30,12 @@ class TaskOptions(Struct, frozen=True, kw_only=True):
       name: instead of the function's own; with a dot it replaces the app label as well.
       pool: the pool of runners that performs it.
       priority: -100 … 100, larger is sooner (django.tasks).
-      timeout: seconds per attempt; None leaves it to the pool.
+      timeout: seconds per attempt, then it is ended (hard); None leaves it to the pool.
+      soft_timeout: seconds per attempt, then it is asked to stop: `SoftTimeout` is raised in a synchronous task,
+      an asynchronous one is cancelled.
+      cpu_timeout: seconds of CPU per attempt, the processes it has started included.
+      stall_timeout: seconds without an event, then it is asked to stop, and ended if it does not.
+      schedule_timeout: seconds that a run may wait to be started for the first time; then it fails unstarted.
       max_attempts: how often an attempt that raises or crashes may be made, at most.
       backoff: called in the runner with (exception, task_result); seconds until the next attempt, None
       gives up.
@@ -45,6 +50,10 @@ class TaskOptions(Struct, frozen=True, kw_only=True):
     pool: Annotated[str, Meta(pattern=r"^[A-Za-z_]\w*$")] = "default"
     priority: Annotated[int, Meta(ge=-100, le=100)] = 0
     timeout: Annotated[float, Meta(gt=0)] | None = None
+    soft_timeout: Annotated[float, Meta(gt=0)] | None = None
+    cpu_timeout: Annotated[float, Meta(gt=0)] | None = None
+    stall_timeout: Annotated[float, Meta(gt=0)] | None = None
+    schedule_timeout: Annotated[float, Meta(gt=0)] | None = None
     max_attempts: Annotated[int, Meta(ge=1)] = 1
     backoff: Any = None
     memory_limit: Annotated[int, Meta(ge=1)] | None = None
@@ -88,6 +97,9 @@ def make_options(where: str, given: dict[str, Any]) -> TaskOptions:
         raise ValueError(
             f"{where}: backoff = {options.backoff!r}: write a function of (exception, task_result)"
         )
+    soft, hard = options.soft_timeout, options.timeout
+    if soft is not None and hard is not None and soft >= hard:
+        raise ValueError(f"{where}: soft_timeout = {soft!r}: it must be shorter than timeout = {hard!r}")
     try:
         msgspec.json.encode(options.metadata)
     except TypeError as error:
@@ -140,6 +152,10 @@ def task(
     pool: str = "default",
     priority: int = 0,
     timeout: float | None = None,
+    soft_timeout: float | None = None,
+    cpu_timeout: float | None = None,
+    stall_timeout: float | None = None,
+    schedule_timeout: float | None = None,
     max_attempts: int = 1,
     backoff: Backoff | None = None,
     memory_limit: int | None = None,
@@ -158,6 +174,10 @@ def task(
     pool: str = "default",
     priority: int = 0,
     timeout: float | None = None,
+    soft_timeout: float | None = None,
+    cpu_timeout: float | None = None,
+    stall_timeout: float | None = None,
+    schedule_timeout: float | None = None,
     max_attempts: int = 1,
     backoff: Backoff | None = None,
     memory_limit: int | None = None,
@@ -181,6 +201,10 @@ def task(
         "pool": pool,
         "priority": priority,
         "timeout": timeout,
+        "soft_timeout": soft_timeout,
+        "cpu_timeout": cpu_timeout,
+        "stall_timeout": stall_timeout,
+        "schedule_timeout": schedule_timeout,
         "max_attempts": max_attempts,
         "backoff": backoff,
         "memory_limit": memory_limit,

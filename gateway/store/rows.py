@@ -51,6 +51,10 @@ class RunRow:
     priority: int = 0
     run_after: float | None = None
     timeout: float | None = None
+    soft_timeout: float | None = None
+    cpu_timeout: float | None = None
+    stall_timeout: float | None = None
+    schedule_timeout: float | None = None
     max_attempts: int = 1
     on_lost: str = "retry"
     metadata: bytes = b"{}"

@@ -201,9 +201,15 @@ _INPUTS: Final = (
     ) WITHOUT ROWID""",
 )
 
+#: What bounds a run's time besides `timeout`.
+_LIMITS: Final = tuple(
+    f"ALTER TABLE run ADD COLUMN {name} REAL"
+    for name in ("soft_timeout", "cpu_timeout", "stall_timeout", "schedule_timeout")
+)
+
 #: Statements of each step.
 STEPS: Final[tuple[Sequence[str], ...]] = (
-    *(_FIRST, _CRASHES, _RETENTION, _GRANTS, _STREAMS, _ATTEMPTED, _INPUTS),
+    *(_FIRST, _CRASHES, _RETENTION, _GRANTS, _STREAMS, _ATTEMPTED, _INPUTS, _LIMITS),
 )
 
 

@@ -89,6 +89,11 @@ class Attempt:
         return self._metadata
 
     @property
+    def cancelled(self) -> bool:
+        """Whether the attempt was asked to stop, as far as this process has heard."""
+        return self._mail.cancelled
+
+    @property
     def token(self) -> str:
         """The fence of this attempt."""
         return self._start.token
@@ -213,7 +218,7 @@ class Attempt:
             )
         return Finished(token=self.token, ending="returned", result=rendered)
 
-    def cancelled(self) -> Finished:
+    def gave_in(self) -> Finished:
         """The end after the task gave in to a cancellation."""
         return Finished(token=self.token, ending="cancelled")
 
@@ -255,7 +260,7 @@ def perform_sync(attempt: Attempt) -> Finished:
         result = attempt.call_sync(call)
         attempt.complete(result)
     except RunCancelled:
-        return attempt.cancelled()
+        return attempt.gave_in()
     except BaseException as error:
         finished = conclude(attempt, error)
         attempt.audience.ended(finished, error)
@@ -279,12 +284,15 @@ async def perform_async(attempt: Attempt, scope: anyio.CancelScope) -> Finished:
             if not attempt.audience.is_empty:
                 await anyio.to_thread.run_sync(attempt.audience.begun)
             result = await attempt.call_async(call)
-            await _beside(attempt, attempt.complete, result)
+            # It has returned, whoever asked it to stop.
+            if attempt.asks_database:
+                with anyio.CancelScope(shield=True):
+                    await anyio.to_thread.run_sync(attempt.complete, result)
     except BaseException as error:
         raised = error
         finished = conclude(attempt, error)
     else:
-        finished = attempt.cancelled() if scope.cancelled_caught else finish(attempt, result)
+        finished = attempt.gave_in() if scope.cancelled_caught else finish(attempt, result)
     if not attempt.audience.is_empty:
         with anyio.CancelScope(
             shield=True

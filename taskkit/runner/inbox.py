@@ -9,9 +9,14 @@ from taskkit.wire.messages import Input
 
 
 class Mail:
-    """The inboxes of an attempt; one that nobody has asked for yet keeps what comes."""
+    """The inboxes of an attempt; one that nobody has asked for yet keeps what comes.
 
-    def __init__(self) -> None:
+    Attributes:
+      cancelled: the attempt was asked to stop.
+    """
+
+    def __init__(self, *, cancelled: bool = False) -> None:
+        self.cancelled = cancelled
         self._heard = 0
         self._inboxes: dict[str, Inbox] = {}
 

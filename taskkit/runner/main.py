@@ -13,7 +13,7 @@ import msgspec
 from anyio.abc import TaskGroup
 
 from taskkit import failpoints
-from taskkit.errors import RunCancelled, SubmitError, TaskkitError
+from taskkit.errors import RunCancelled, SubmitError, TaskkitError, TaskTimeout
 from taskkit.registry import TaskDefinition
 from taskkit.runner import capture
 from taskkit.runner.attempt import Attempt, conclude, perform_async, perform_sync
@@ -97,7 +97,9 @@ class Runner:
                 with self._orders.interrupting(start.token, self._emitter):
                     finished = perform_sync(attempt)
             except RunCancelled:  # it came after the task's last line
-                finished = attempt.cancelled()
+                finished = attempt.gave_in()
+            except TaskTimeout as error:  # so did this
+                finished = conclude(attempt, error)
         self._end(msgspec.structs.replace(finished, seconds=time.monotonic() - began))
 
     async def _alone_in_loop(self, attempt: Attempt) -> Finished:

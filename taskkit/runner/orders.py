@@ -14,7 +14,7 @@ from typing import Final
 import anyio
 
 from taskkit import linux, seqpacket
-from taskkit.errors import RemoteWireError, RunCancelled
+from taskkit.errors import RemoteWireError, RunCancelled, SoftTimeout, StallTimeout
 from taskkit.runner.emitter import Emitter
 from taskkit.runner.inbox import Mail
 from taskkit.wire.codec import unpack
@@ -23,6 +23,12 @@ from taskkit.wire.messages import Cancel, Create, Input, Order, Retire, Start, T
 #: Announces input on the orders socket while a synchronous task runs. SIGIO is what the kernel uses for this, and
 #: ordinary programs leave it alone.
 _ORDER_SIGNAL = signal.SIGIO
+
+#: What is raised in a synchronous task that is asked to stop for these reasons; for any other it is RunCancelled.
+_ASKED: Final = {
+    "soft_timeout": (SoftTimeout, "the attempt exceeded its soft_timeout"),
+    "stall_timeout": (StallTimeout, "the attempt sent no event for its stall_timeout"),
+}
 
 #: Orders to start that are recognised when they are repeated. A new gateway repeats what is open: as many as a shared
 #: process has at most.
@@ -44,7 +50,7 @@ class Orders:
         self._sock = sock
         self._waiting: deque[Start | Create] = deque()
         self._seen: dict[str, None] = {}
-        self._cancelled: set[str] = set()
+        self._cancelled: dict[str, str] = {}  # reasons by token
         self._taken_back: deque[str] = deque()
         self._mail: dict[str, Mail] = {}
         self._give_back = give_back
@@ -74,13 +80,15 @@ class Orders:
             if order.token not in self._seen:
                 self._seen[order.token] = None
                 self._waiting.append(order)
-                self._mail[order.token] = Mail()
+                self._mail[order.token] = Mail(cancelled=order.token in self._cancelled)
                 if len(self._seen) > _REMEMBERED:
                     del self._seen[next(iter(self._seen))]
         elif isinstance(order, Create):
             self._waiting.append(order)
         elif isinstance(order, Cancel):
-            self._cancelled.add(order.token)
+            self._cancelled[order.token] = order.reason
+            if order.token in self._mail:
+                self._mail[order.token].cancelled = True
         elif isinstance(order, Input):
             if order.token in self._mail:  # or its attempt has ended
                 self._mail[order.token].deliver(order)
@@ -118,7 +126,7 @@ class Orders:
 
     def cancelled(self, tokens: Set[str]) -> Set[str]:
         """Return those of `tokens` whose attempts are to stop; it takes no longer for many that are not."""
-        return tokens & self._cancelled
+        return tokens & self._cancelled.keys()
 
     def next_nowait(self) -> Start | Create | None:
         """Return the next order that has arrived, or None."""
@@ -146,17 +154,27 @@ class Orders:
     def interrupting(self, token: str, emitter: Emitter) -> Iterator[None]:
         """Raise RunCancelled in the main thread as soon as the attempt `token` is cancelled.
 
+        Asked to stop for another reason in `_ASKED`, the task may catch what is raised and go on; then it can still
+        be cancelled.
         The kernel signals the socket's input, so no thread of ours runs beside user code. In the middle of an
         emit, the exception waits for its end.
         """
 
+        raised = set[str]()
+
         def look(number: int = 0, frame: FrameType | None = None) -> None:
             self._pump()
-            if not (self._taken_back or token in self._cancelled) or emitter.defer(_raise_order_signal):
+            reason = self._cancelled.get(token)
+            asked = reason is not None and reason not in raised
+            if not (self._taken_back or asked) or emitter.defer(_raise_order_signal):
                 return
             self.answer()
-            if token not in self._cancelled:
+            if reason is None or not asked:
                 return
+            if reason in _ASKED:
+                raised.add(reason)
+                kind, message = _ASKED[reason]
+                raise kind(message)
             signal.signal(_ORDER_SIGNAL, signal.SIG_IGN)  # once: cleaning up must not be interrupted
             raise RunCancelled
 

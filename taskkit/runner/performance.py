@@ -32,6 +32,11 @@ class BulkheadContext(TaskContext):
         """What the submission brought along."""
         return self.run.metadata
 
+    @property
+    def cancelled(self) -> bool:
+        """Whether this attempt was asked to stop."""
+        return self.run.cancelled
+
     def emit(self, type: str, data: Any = None) -> None:
         """See `taskkit.emit`."""
         self.run.emit(type, data)

@@ -211,7 +211,7 @@ def _attempt(submission: Submit, definition: TaskDefinition, performed: Performe
         attempt.complete(result)
     except RunCancelled as error:
         performed.exception = error
-        return attempt.cancelled()
+        return attempt.gave_in()
     except Exception as error:
         performed.exception = error
         finished = conclude(attempt, error)

@@ -7,7 +7,7 @@ crosses as bytes is rendered once, by the process that made it, and passed on un
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 
 from msgspec import Struct
 
@@ -33,6 +33,10 @@ class Row(Struct, frozen=True, kw_only=True, omit_defaults=True):
         return f"{self.app}.{self.model.lower()}:{self.pk}"
 
 
+#: Options of a task and of a submission that bound a run's time besides `timeout`; see `taskkit.tasks.TaskOptions`.
+LIMITS: Final = ("soft_timeout", "cpu_timeout", "stall_timeout", "schedule_timeout")
+
+
 class TaskInfo(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """One task of the catalogue.
 
@@ -55,6 +59,10 @@ class TaskInfo(Struct, frozen=True, kw_only=True, omit_defaults=True):
     pool: str = "default"
     priority: int = 0
     timeout: float | None = None
+    soft_timeout: float | None = None
+    cpu_timeout: float | None = None
+    stall_timeout: float | None = None
+    schedule_timeout: float | None = None
     max_attempts: int = 1
     memory_limit: int | None = None
     on_lost: str = "retry"
@@ -75,9 +83,10 @@ class Cause(Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     Attributes:
       kind: "signal", "exit", "no_result" (exit code 0, but no result), "oom", "oom_suspected", "cpu_limit",
-        "timeout", "cancelled", "operator", "corrupt" (garbage on its events pipe), "descriptors" (its user code
-        closed them), "boot" (it never came up), "stopped" (the tree stops), "lost" (the supervisor went away),
-        "abandoned" (only attempts that had ended without it were left on it).
+        "timeout", "soft_timeout", "cpu_timeout", "stall_timeout", "cancelled", "operator", "corrupt" (garbage on its
+        events pipe), "descriptors" (its user code closed them), "boot" (it never came up), "stopped" (the tree
+        stops), "lost" (the supervisor went away), "abandoned" (only attempts that had ended without it were left on
+        it).
       signal: name such as "SIGSEGV", when a signal ended it.
       exit_code: when it left by itself.
       max_rss: bytes.
@@ -412,7 +421,10 @@ class Exited(Message, frozen=True):
 
 
 class Expired(Message, frozen=True):
-    """The deadline of an attempt in a shared process has passed; said again and again, as a gateway may die over it."""
+    """A deadline has passed that the gateway acts on; said again and again, as a gateway may die over it.
+
+    It is that of an attempt in a shared process, or of a kind in `TOLD`.
+    """
 
     runner: str
     token: str
@@ -464,13 +476,18 @@ class Drained(Message, frozen=True):
     runner: str
 
 
+#: Kinds of deadlines at which the gateway has something to do: ask the attempt to stop; see when it last spoke.
+TOLD: Final = frozenset({"soft_timeout", "silence"})
+
+
 class Deadline(Message, frozen=True):
     """End the runner in `after` seconds unless `Disarm` comes first: TERM, then KILL `grace` seconds later.
 
-    `kind` is the cause to report: "timeout", "cancelled", or "abandoned" (nothing but attempts that were ended
-    without it are left on it; `token` is empty then). One deadline per token and kind; a later one with the same key
-    replaces it. An attempt in a shared process is not worth its neighbours: `Expired` is said instead, every `grace`
-    seconds until `Disarm`.
+    `kind` is the cause to report: "timeout", "stall_timeout", "cancelled", or "abandoned" (nothing but attempts that
+    were ended without it are left on it; `token` is empty then). That of "cpu_timeout" passes after so many seconds
+    of CPU. One deadline per token and kind; a later one with the same key replaces it. An attempt in a shared process
+    is not worth its neighbours: `Expired` is said instead, every `grace` seconds until `Disarm`; so it is when a
+    deadline of a kind in `TOLD` passes, for which no process is ended.
     """
 
     runner: str
@@ -591,6 +608,10 @@ class Submit(Message, frozen=True):
     priority: int | None = None
     run_after: float | None = None
     timeout: float | None = None
+    soft_timeout: float | None = None
+    cpu_timeout: float | None = None
+    stall_timeout: float | None = None
+    schedule_timeout: float | None = None
     max_attempts: int | None = None
     metadata: dict[str, Any] = {}
     tags: list[str] = []

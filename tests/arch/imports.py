@@ -81,6 +81,7 @@ PURE = (
     "gateway.store.removal",
     "gateway.ages",
     "gateway.grants",
+    "gateway.expiry",
     "gateway.inputs",
     "gateway.failures",
     "supervisor.policy",
