@@ -196,3 +196,47 @@ async def test_a_deadline_in_a_shared_process_is_told_again_and_again_and_ends_n
         assert told_of.kind == "abandoned", "without a token it is about the process"
         assert len(told) == 2
         nursery.cancel_scope.cancel()
+
+
+@pytest.mark.parametrize("kind", ["soft_timeout", "silence"])
+async def test_the_gateway_is_told_of_what_ends_nobody(family: Family, kind: str) -> None:
+    runner, told = await family.bear(WAITS), list[Expired]()
+    async with trio.open_nursery() as nursery:
+        endings = Endings(family.runners, nursery, on_expired=told.append)
+        endings.resume(NO_GATEWAY)
+        endings.arm(order(runner, 0.0, kind=kind, grace=30.0))
+        nursery.start_soon(endings.run)
+        await trio.testing.wait_all_tasks_blocked()
+        assert told == [Expired(runner=runner.spec.id, token="t", kind=kind)]
+        assert (runner.ordered, runner.exited) == ("", None)
+        nursery.cancel_scope.cancel()
+
+
+async def test_cpu_is_counted_from_the_order_and_looked_at_no_sooner_than_it_can_be_used_up(
+    family: Family,
+) -> None:
+    runner, now, used = await family.bear(WAITS), [1000.0], [50.0]
+    asked: list[float] = []
+
+    def cpu(pid: int) -> float:
+        assert pid == runner.child.pid
+        asked.append(now[0])
+        return used[0]
+
+    async with trio.open_nursery() as nursery:
+        endings = Endings(family.runners, nursery, clock=lambda: now[0], cpu=cpu)
+        endings.resume(NO_GATEWAY)
+        nursery.start_soon(endings.run)
+        endings.arm(order(runner, 60.0, kind="cpu_timeout", grace=0.0))
+        endings.arm(msgspec.structs.replace(order(runner, 60.0, kind="cpu_timeout"), at_most=True))
+        assert len(asked) == 1, "the limit stands for the next gateway"
+        for passed, using in ((60.0, 59.0), (100.0, 0.5), (100.0, 0.5)):
+            await trio.testing.wait_all_tasks_blocked()
+            assert runner.ordered == ""
+            now[0] += passed
+            used[0] += using
+            endings.pause(STALLED)  # any change makes it look at the clock
+            endings.resume(STALLED)
+        told = cause(await family.wait_dead(runner))
+        assert (told.kind, len(asked)) == ("cpu_timeout", 4)
+        nursery.cancel_scope.cancel()
