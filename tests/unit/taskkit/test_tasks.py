@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from taskkit.tasks import TaskOptions, is_async, is_generator, noted_functions, options_of, task
+from taskkit.tasks import TaskOptions, is_async, is_generator, make_options, noted_functions, options_of, task
 
 
 def _never(exception: BaseException, task_result: Any) -> None:
@@ -111,3 +111,9 @@ def test_kinds_of_functions() -> None:
     functions = (sync, generator, coroutine, async_generator)
     assert [is_async(it) for it in functions] == [False, False, True, True]
     assert [is_generator(it) for it in functions] == [False, True, False, True]
+
+
+def test_a_soft_timeout_is_shorter_than_the_timeout() -> None:
+    with pytest.raises(ValueError, match=r"soft_timeout = 5.0: it must be shorter than timeout = 5.0"):
+        make_options("here", {"soft_timeout": 5, "timeout": 5})
+    assert make_options("here", {"soft_timeout": 4, "timeout": 5}).soft_timeout == 4

@@ -16,7 +16,7 @@ import pytest
 import trio
 
 from taskkit import linux, seqpacket
-from taskkit.errors import RunCancelled
+from taskkit.errors import RunCancelled, SoftTimeout
 from taskkit.runner.emitter import Emitter
 from taskkit.runner.orders import Orders
 from taskkit.wire.codec import pack
@@ -269,3 +269,33 @@ def test_it_is_given_back_while_a_task_works(desk: Desk) -> None:
         os.close(fd)
     assert desk.given_back == ["b"]
     assert desk.orders.next_nowait() is None
+
+
+def test_at_a_soft_timeout_a_task_may_go_on_and_can_be_cancelled_still(desk: Desk, emitter: Emitter) -> None:
+    desk.give(_start("one"))
+    desk.orders.next()
+    mail = desk.orders.mail("one")
+    with desk.orders.interrupting("one", emitter):
+        assert not mail.cancelled
+        assert _interruption(desk, "soft_timeout") is SoftTimeout
+        assert mail.cancelled
+        assert _interruption(desk, "cancelled") is RunCancelled
+
+
+def _interruption(desk: Desk, reason: str) -> type[BaseException] | None:
+    """Return what is raised when the gateway says it twice, as one that takes over does."""
+    caught = None
+    try:
+        desk.give(Cancel(token="one", reason=reason))
+        time.sleep(30)
+    except (RunCancelled, SoftTimeout) as raised:
+        caught = type(raised)
+    desk.give(Cancel(token="one", reason=reason))
+    time.sleep(0.01)
+    return caught
+
+
+def test_what_was_cancelled_before_it_was_ordered_knows_it(desk: Desk) -> None:
+    desk.give(Cancel(token="one"), _start("one"))
+    desk.orders.next()
+    assert desk.orders.mail("one").cancelled
