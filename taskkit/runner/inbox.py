@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import msgspec
 
 from taskkit.inbox import Inbox
@@ -11,11 +13,15 @@ from taskkit.wire.messages import Input
 class Mail:
     """The inboxes of an attempt; one that nobody has asked for yet keeps what comes.
 
+    Args:
+      look: as `Inbox` has it.
+
     Attributes:
       cancelled: the attempt was asked to stop.
     """
 
-    def __init__(self, *, cancelled: bool = False) -> None:
+    def __init__(self, look: Callable[[], None] = lambda: None, *, cancelled: bool = False) -> None:
+        self._look = look
         self.cancelled = cancelled
         self._heard = 0
         self._inboxes: dict[str, Inbox] = {}
@@ -28,4 +34,4 @@ class Mail:
 
     def inbox(self, name: str) -> Inbox:
         """Return the inbox of this name."""
-        return self._inboxes.setdefault(name, Inbox())
+        return self._inboxes.setdefault(name, Inbox(self._look))

@@ -6,6 +6,7 @@ import contextlib
 import select
 import signal
 import socket
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Set
 from types import FrameType
@@ -54,6 +55,7 @@ class Orders:
         self._taken_back: deque[str] = deque()
         self._mail: dict[str, Mail] = {}
         self._give_back = give_back
+        self._armed = False
         self.retired = False
         self.closed = False
 
@@ -80,7 +82,7 @@ class Orders:
             if order.token not in self._seen:
                 self._seen[order.token] = None
                 self._waiting.append(order)
-                self._mail[order.token] = Mail(cancelled=order.token in self._cancelled)
+                self._mail[order.token] = Mail(self._look_again, cancelled=order.token in self._cancelled)
                 if len(self._seen) > _REMEMBERED:
                     del self._seen[next(iter(self._seen))]
         elif isinstance(order, Create):
@@ -161,30 +163,56 @@ class Orders:
         """
 
         raised = set[str]()
+        news = busy = False
 
         def look(number: int = 0, frame: FrameType | None = None) -> None:
+            # A signal may come in the middle of a look. A second one inside it would sort newer orders before those
+            # in hand, or raise over them and lose them: it only has the first look again.
+            nonlocal news, busy
+            news = True
+            if busy:
+                return
+            found: BaseException | None = None
+            while news:
+                busy, news = True, False
+                try:
+                    found = take_in() or found
+                finally:
+                    busy = False
+            if found is not None:
+                raise found
+
+        def take_in() -> BaseException | None:
             self._pump()
             reason = self._cancelled.get(token)
             asked = reason is not None and reason not in raised
             if not (self._taken_back or asked) or emitter.defer(_raise_order_signal):
-                return
+                return None
             self.answer()
             if reason is None or not asked:
-                return
+                return None
+            raised.add(reason)
             if reason in _ASKED:
-                raised.add(reason)
                 kind, message = _ASKED[reason]
-                raise kind(message)
+                return kind(message)
             signal.signal(_ORDER_SIGNAL, signal.SIG_IGN)  # once: cleaning up must not be interrupted
-            raise RunCancelled
+            return RunCancelled()
 
         signal.signal(_ORDER_SIGNAL, look)
         try:
             linux.signal_on_input(self._sock.fileno(), _ORDER_SIGNAL)
+            self._armed = True
             look()  # what came before the signal was armed
             yield
         finally:
+            self._armed = False
             signal.signal(_ORDER_SIGNAL, signal.SIG_IGN)
+
+    def _look_again(self) -> None:
+        """Have the main thread look at what has arrived, from any thread."""
+        main = threading.main_thread().ident
+        if self._armed and main is not None:
+            signal.pthread_kill(main, _ORDER_SIGNAL)
 
 
 def _raise_order_signal() -> None:

@@ -80,3 +80,14 @@ def test_what_was_heard_is_not_heard_again() -> None:
     assert mail.inbox("b").get(0) == {"n": 2}
     with pytest.raises(TimeoutError):
         mail.inbox("a").get(0)
+
+
+def test_one_that_waits_has_others_look_for_what_its_thread_was_not_woken_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("taskkit.inbox._LOOK", 0.01)
+    lost = [{"n": 1}]
+    inbox: Inbox = Inbox(lambda: inbox.put(lost.pop()) if lost else None)
+    assert inbox.get(10) == {"n": 1}
+    with pytest.raises(TimeoutError):
+        inbox.get(0.05)

@@ -21,7 +21,7 @@ from taskkit.runner.emitter import Emitter
 from taskkit.runner.orders import Orders
 from taskkit.wire.codec import pack
 from taskkit.wire.framing import read_frames
-from taskkit.wire.messages import Cancel, Create, Order, Retire, Start, Started, Submit, TakeBack
+from taskkit.wire.messages import Cancel, Create, Input, Order, Retire, Start, Started, Submit, TakeBack
 
 
 class Desk:
@@ -299,3 +299,56 @@ def test_what_was_cancelled_before_it_was_ordered_knows_it(desk: Desk) -> None:
     desk.give(Cancel(token="one"), _start("one"))
     desk.orders.next()
     assert desk.orders.mail("one").cancelled
+
+
+def _meanwhile(monkeypatch: pytest.MonkeyPatch, desk: Desk, *orders: Order) -> None:
+    """Have `orders` come, with their signal, when one was received and is not sorted yet."""
+    waiting = list(orders)
+    receive = seqpacket.receive
+
+    def received(sock: socket.socket) -> tuple[bytes, list[int]] | None:
+        found = receive(sock)
+        if waiting:
+            desk.give(waiting.pop(0))
+            signal.raise_signal(signal.SIGIO)
+        return found
+
+    monkeypatch.setattr(seqpacket, "receive", received)
+
+
+def test_what_comes_in_the_middle_of_a_look_is_heard_behind_what_is_in_hand(
+    desk: Desk, emitter: Emitter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    desk.give(_start("one"))
+    desk.orders.next()
+    inbox = desk.orders.mail("one").inbox("answer")
+    first, *others = (Input(token="one", number=n, name="answer", data=b'{"n":%d}' % n) for n in (1, 2, 3))
+    with desk.orders.interrupting("one", emitter):
+        _meanwhile(monkeypatch, desk, *others)
+        desk.give(first)
+        assert [inbox.get(10)["n"] for _ in range(3)] == [1, 2, 3]
+
+
+def test_a_cancellation_in_the_middle_of_a_look_loses_no_order(
+    desk: Desk, emitter: Emitter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with contextlib.suppress(RunCancelled), desk.orders.interrupting("one", emitter):
+        _meanwhile(monkeypatch, desk, Cancel(token="one"), _start("three"))
+        desk.give(_start("two"))
+        time.sleep(30)
+    assert desk.orders.is_cancelled("one")
+    assert [desk.orders.next_nowait(), desk.orders.next_nowait()] == [_start("two"), _start("three")]
+
+
+def test_a_thread_that_waits_has_the_main_thread_look_again(desk: Desk, emitter: Emitter) -> None:
+    desk.give(_start("one"))
+    desk.orders.next()
+    inbox = desk.orders.mail("one").inbox("answer")
+    with desk.orders.interrupting("one", emitter):
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGIO})  # as one that came and woke nobody
+        desk.give(Input(token="one", number=1, name="answer", data=b'{"n":1}'))
+        while signal.SIGIO not in signal.sigpending():
+            time.sleep(0.001)
+        assert signal.sigtimedwait({signal.SIGIO}, 10) is not None
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGIO})
+        assert inbox.get(10) == {"n": 1}
