@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 import msgspec
 import trio
 
+from gateway.bulk import Bulk
 from gateway.store.protocol import StoreError
 from gateway.store.rows import RunRow
 from gateway.submission import ON_THE_SPOT, Submission, parse_submission
@@ -75,6 +76,7 @@ class CourierLink:
         self._refilling = False
         self._look_at = 0.0
         self._put_off = False
+        self._bulk: Bulk
         self.links = 0
         self._asked: dict[str, tuple[trio.Event, list[Answer | ScheduleAnswer]]] = {}
 
@@ -89,6 +91,7 @@ class CourierLink:
         if self._channel is not None:
             self._channel.close()
         self._channel = channel
+        self._bulk = Bulk(self._engine.store, lambda run, result: channel.send(transition_of(run, result)))
         self.links += 1
         self._sent.clear()
         self._numbers.clear()
@@ -96,6 +99,7 @@ class CourierLink:
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(channel.run)
+                nursery.start_soon(self._bulk.run)
                 self._refill(nursery)
                 await self._listen(channel, nursery)
                 nursery.cancel_scope.cancel()
@@ -178,8 +182,14 @@ class CourierLink:
             if self._sent.get(no) != run.version and not _is_under_way(run, clock):
                 self._sent[no] = run.version
                 self._numbers[run.id] = no
-                self._channel.send(transition_of(run))
+                self._send(self._channel, run)
                 failpoints.hit("transition.sent")
+
+    def _send(self, channel: Channel[Incoming], run: RunRow) -> None:
+        if run.result_blob is None:
+            channel.send(transition_of(run))
+        else:
+            self._bulk.add(run)
 
     def next_look(self) -> float | None:
         """Return the moment at which `tell` should be called without any other reason; None: there is none."""
@@ -188,6 +198,7 @@ class CourierLink:
         return self._look_at if self._put_off or len(self._sent) < len(self._engine.book.untold) else None
 
     def _told(self, message: Told) -> None:
+        self._bulk.told(message.run)
         no = self._numbers.get(message.run)
         if no is None:
             return
@@ -229,7 +240,7 @@ class CourierLink:
             if run is None:
                 channel.send(Forgotten(run=id))
             elif run.version > version and run.no not in book.untold:
-                channel.send(transition_of(run))
+                self._send(channel, run)
 
     # --- questions -----------------------------------------------------------------------------------------
 
@@ -287,8 +298,8 @@ def _body(message: Submit) -> Mapping[str, Any]:
     return body | {key: value for key, value in options.items() if value is not None}
 
 
-def transition_of(run: RunRow) -> Transition:
-    """Return what Django is told of a run."""
+def transition_of(run: RunRow, result: bytes | None = None) -> Transition:
+    """Return what Django is told of a run; `result` is that of its file."""
     return Transition(
         run=run.id,
         version=run.version,
@@ -305,7 +316,7 @@ def transition_of(run: RunRow) -> Transition:
         created_at=run.created_at,
         started_at=run.started_at,
         finished_at=run.finished_at,
-        result=run.result,
+        result=run.result if result is None else result,
         error=run.error,
         metadata=run.metadata,
         tags=list(run.tags),

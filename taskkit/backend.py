@@ -29,12 +29,17 @@ if TYPE_CHECKING:
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
 
+if TYPE_CHECKING:
+    _Task = Task
+else:  # Django's own, unlike its backport, takes no types at run time
+    _Task = {(_P, _T): Task}
+
 #: What OPTIONS of the backend may hold.
 _OPTIONS: Final = frozenset({"DATABASE"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class BulkheadTask(Task[_P, _T]):
+class BulkheadTask(_Task[_P, _T]):
     """A Task with the options that Django is adopting, plus ours; see `taskkit.tasks.TaskOptions`.
 
     On Django 6.1 and with the backport `@task(timeout=60, max_attempts=3)` sets them; Django 6.0's decorator takes

@@ -79,7 +79,7 @@ class LimitSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
       batch_bytes: of a batch.
       batch_runs: in a batch.
       event_bytes: of one event's JSON.
-      result_bytes: of a result's JSON.
+      result_bytes: of a result's JSON; at most 32 MiB.
       queued_runs: that wait; then 429.
       connections: at once; then 503.
       streams_per_connection: runs and tags that one request to `/api/v1/events` may name; then 413.
@@ -107,7 +107,8 @@ class LimitSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     batch_bytes: _Positive = 8 * 1024 * 1024
     batch_runs: Annotated[int, Meta(ge=1, le=10_000)] = 1_000
     event_bytes: _Positive = 1024 * 1024
-    result_bytes: _Positive = 8 * 1024 * 1024
+    # With the arguments it has to fit a message to the courier: taskkit.seqpacket.MESSAGE_LIMIT.
+    result_bytes: Annotated[int, Meta(ge=1, le=32 * 1024 * 1024)] = 8 * 1024 * 1024
     queued_runs: _Positive = 10_000
     connections: _Positive = 10_000
     streams_per_connection: _Positive = 128

@@ -80,6 +80,17 @@ def test_a_page_enqueues_and_another_process_gets_the_result(tree: Tree) -> None
     assert tree.snapshot(id)["task"] == "shop.confirm"
 
 
+def test_a_large_result_comes_back_whole_from_any_process(tree: Tree) -> None:
+    ids = web(tree, "show([orders.archive.enqueue(size).id for size in (3_000_000, 5_000_000, 100_000)])")
+    script = f"""
+    from taskkit.models import Run
+    results = [done(orders.archive.get_result(id)) for id in {ids!r}]
+    rows = [Run.objects.get(id=r.id).result == r.return_value for r in results]
+    show([[len(r.return_value), set(r.return_value) == {{"é" * 1000}}] for r in results] + [all(rows)])
+    """
+    assert web(tree, script) == [[1500, True], [2500, True], [50, True], True]
+
+
 def test_async_tasks_and_async_callers(tree: Tree) -> None:
     script = """
     async def main():

@@ -37,6 +37,12 @@ def contextual(context: Any, word: str = "x") -> dict[str, Any]:
     }
 
 
+@task
+def archive(size: int) -> list[str]:
+    """Return a value that no frame of a pipe has room for."""
+    return ["é" * 1000] * (size // 2000)
+
+
 @task(takes_context=True)
 def speak(context: Any, words: list[str]) -> int:
     """Say the words to whoever listens; see `taskkit.emit` for what a context of ours can do."""
