@@ -8,18 +8,26 @@ Imported while models load, by the first `@task` of a project: imports no models
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final, Literal, ParamSpec, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Literal, ParamSpec, Self, TypeVar, overload
 
 from django.core.checks import CheckMessage, Error, Warning
 from django.db import transaction
 
 from taskkit import noted, tasks
 from taskkit.conf import pool_of
-from taskkit.interface import BaseTaskBackend, InvalidTask, Task, TaskResult, task_enqueued
+from taskkit.interface import (
+    BaseTaskBackend,
+    InvalidTask,
+    Task,
+    TaskResult,
+    normalize_json,
+    task_backends,
+    task_enqueued,
+)
 from taskkit.tasks import Backoff
 from taskkit.threads import in_thread
 
@@ -42,8 +50,8 @@ _OPTIONS: Final = frozenset({"DATABASE"})
 class BulkheadTask(_Task[_P, _T]):
     """A Task with the options that Django is adopting, plus ours; see `taskkit.tasks.TaskOptions`.
 
-    On Django 6.1 and with the backport `@task(timeout=60, max_attempts=3)` sets them; Django 6.0's decorator takes
-    none of them. Of these only `metadata` can be changed with `using`: the rest belongs to the task.
+    `task` below sets them; so does Django's own decorator on 6.1 and with the backport, while that of 6.0 takes none
+    of them. Of these only `metadata` can be changed with `using`: the rest belongs to the task.
     """
 
     max_attempts: int = 1
@@ -97,6 +105,61 @@ class BulkheadTask(_Task[_P, _T]):
         transaction.on_commit(partial(self.enqueue, *args, **kwargs), using=backend_of(self).using)
 
 
+@overload
+def task(function: Callable[_P, _T], /) -> BulkheadTask[_P, _T]: ...
+
+
+@overload
+def task(
+    function: None = None,
+    /,
+    *,
+    priority: int = 0,
+    queue_name: str = "default",
+    backend: str = "default",
+    takes_context: bool = False,
+    **options: Any,
+) -> Callable[[Callable[..., _T]], BulkheadTask[..., _T]]: ...
+
+
+def task(
+    function: Callable[..., Any] | None = None,
+    /,
+    *,
+    priority: int = 0,
+    queue_name: str = "default",
+    backend: str = "default",
+    takes_context: bool = False,
+    **options: Any,
+) -> Any:
+    """Make a function a Task, as Django's own decorator does, on every version with the options of `BulkheadTask`.
+
+    Where the settings name another backend, as those of a test may, its Task is made, without our options.
+
+    Raises:
+      InvalidTask: it cannot be performed; the message names what is wrong.
+      TypeError: there is no such option.
+    """
+    ours = {field.name for field in dataclasses.fields(BulkheadTask)} - {"func", "run_after"}
+    if unknown := sorted(set(options) - ours):
+        raise TypeError(f"@task has no option {unknown[0]!r}; it has {', '.join(sorted(ours))}")
+
+    def make(function: Callable[..., Any]) -> Any:
+        made = task_backends[backend].task_class
+        known = {field.name for field in dataclasses.fields(made)}
+        return made(
+            func=function,
+            priority=priority,
+            queue_name=queue_name,
+            backend=backend,
+            takes_context=takes_context,
+            run_after=None,
+            **{name: value for name, value in options.items() if name in known},
+        )
+
+    return make if function is None else make(function)
+
+
 def backend_of(task: Task[..., Any]) -> BulkheadBackend:
     """Return the backend of one of our tasks."""
     backend = task.get_backend()
@@ -147,12 +210,13 @@ class BulkheadBackend(BaseTaskBackend):
         Raises:
           InvalidTask: the task is no longer valid, or no process could find it again.
           InvalidArguments: the function cannot be called so.
-          TypeError: an argument cannot be expressed in JSON.
+          TypeError: an argument is nothing that JSON has. A date is refused, too: the task would get a text.
           DatabaseError: the database does not take it. In every case nothing was submitted.
         """
         from taskkit import results
 
         self.validate_task(task)
+        args, kwargs = normalize_json(list(args)), normalize_json(dict(kwargs))
         result = results.of_submission(task, self._submit(task, args, kwargs), args, kwargs)
         task_enqueued.send(type(self), task_result=result)
         return result

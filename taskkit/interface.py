@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from django_tasks.exceptions import InvalidTaskError as InvalidTask
     from django_tasks.exceptions import TaskResultDoesNotExist
     from django_tasks.signals import task_enqueued, task_finished, task_started
+    from django_tasks.utils import normalize_json
 
     PACKAGE: str
 else:
@@ -47,6 +48,8 @@ else:
         _signals.task_started,
         _signals.task_finished,
     )
+    _json = "django.utils.json" if PACKAGE == "django.tasks" else f"{PACKAGE}.utils"
+    normalize_json = importlib.import_module(_json).normalize_json
 
 __all__ = [
     "PACKAGE",
@@ -58,6 +61,7 @@ __all__ = [
     "TaskResult",
     "TaskResultDoesNotExist",
     "TaskResultStatus",
+    "normalize_json",
     "task_backends",
     "task_enqueued",
     "task_finished",

@@ -19,6 +19,7 @@ from typing import Any, Final
 from django.apps import AppConfig, apps
 from django.conf import settings
 from django.core.exceptions import ImproperlyConfigured
+from django.core.signals import setting_changed
 from django.utils.module_loading import autodiscover_modules
 
 from taskkit import noted, tasks
@@ -129,6 +130,19 @@ def known() -> dict[str, TaskDefinition]:
       Exception: as `load`, at each call until one succeeds.
     """
     return load()
+
+
+#: Settings that decide what is a task, or in which pool.
+_DECISIVE: Final = ("INSTALLED_APPS", "ROOT_URLCONF", "TASKKIT", "TASKS")
+
+
+def _forget(*, setting: str, **_: Any) -> None:
+    """Have a test that overrides a setting find the tasks that are there then."""
+    if setting in _DECISIVE:
+        known.cache_clear()
+
+
+setting_changed.connect(_forget)
 
 
 def find(name: str) -> TaskDefinition:

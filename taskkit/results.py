@@ -97,6 +97,8 @@ def _task_of(run: Run) -> Task[..., Any]:
     changes: dict[str, Any] = {"priority": run.priority, "run_after": run.run_after}
     if run.queue:
         changes["queue_name"] = run.queue
+    if run.backend:
+        changes["backend"] = run.backend
     if "metadata" in {field.name for field in dataclasses.fields(task)}:
         changes["metadata"] = run.metadata
     try:

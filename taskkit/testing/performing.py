@@ -212,7 +212,7 @@ def _attempt(submission: Submit, definition: TaskDefinition, performed: Performe
     except RunCancelled as error:
         performed.exception = error
         return attempt.gave_in()
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # what else there is ends the test itself: Ctrl-C, pytest.fail()
         performed.exception = error
         finished = conclude(attempt, error)
         attempt.audience.ended(finished, error)

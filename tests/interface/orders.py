@@ -53,6 +53,30 @@ def speak(context: Any, words: list[str]) -> int:
 
 
 @task
+def remember(*args: Any, **kwargs: Any) -> Any:
+    """Return what it is given by the name `value`."""
+    return kwargs.get("value")
+
+
+@task
+def leave() -> None:
+    """Leave as a command does."""
+    raise SystemExit(3)
+
+
+@task
+def tangled() -> None:
+    """Raise what cannot be pickled, nor made anew from its text."""
+    raise ValueError('ValueError("deep")') from RuntimeError(lambda: None)
+
+
+@task
+def opaque() -> Any:
+    """Return what JSON does not have."""
+    return {"a": lambda: 1}
+
+
+@task
 def fail(message: str) -> None:
     """Raise."""
     raise LookupError(message)

@@ -7,7 +7,6 @@ import os
 import shutil
 import subprocess
 import sys
-import venv
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -25,20 +24,24 @@ def folder() -> Path:
     return cache / "bulkhead-bench"
 
 
-def python_of(name: str, requirements: Sequence[str]) -> Path:
+def python_of(name: str, requirements: Sequence[str], interpreter: str = sys.executable) -> Path:
     """Return the interpreter of an environment with exactly these requirements, made when it is not there yet.
+
+    `interpreter` makes it: this one, or another.
 
     Raises:
       RuntimeError: they cannot be installed; the message has pip's words.
     """
-    digest = hashlib.sha256("\n".join([sys.version, *requirements]).encode()).hexdigest()[:8]
+    ask = [interpreter, "-c", "import sys; print(sys.version)"]
+    version = subprocess.run(ask, capture_output=True, text=True, check=True).stdout
+    digest = hashlib.sha256("\n".join([version, *requirements]).encode()).hexdigest()[:8]
     home = folder() / f"{name}-{digest}"
     python = home / "bin" / "python"
     if (home / "complete").exists():
         return python
     print(f"installing {name} into {home}", file=sys.stderr, flush=True)
     shutil.rmtree(home, ignore_errors=True)
-    venv.create(home, with_pip=True)
+    subprocess.run([interpreter, "-m", "venv", home], check=True)
     done = subprocess.run(
         [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *requirements],
         capture_output=True,
@@ -46,7 +49,7 @@ def python_of(name: str, requirements: Sequence[str]) -> Path:
         check=False,
     )
     if done.returncode:
-        raise RuntimeError(f"the peer {name} cannot be installed: {done.stderr.strip()[-2000:]}")
+        raise RuntimeError(f"{name} cannot be installed: {done.stderr.strip()[-2000:]}")
     (home / "complete").touch()
     return python
 
