@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import anyio
@@ -282,12 +283,12 @@ async def perform_async(attempt: Attempt, scope: anyio.CancelScope) -> Finished:
         with scope:
             call = await _beside(attempt, attempt.prepare)
             if not attempt.audience.is_empty:
-                await anyio.to_thread.run_sync(attempt.audience.begun)
+                await _in_thread(attempt.audience.begun)
             result = await attempt.call_async(call)
             # It has returned, whoever asked it to stop.
             if attempt.asks_database:
                 with anyio.CancelScope(shield=True):
-                    await anyio.to_thread.run_sync(attempt.complete, result)
+                    await _in_thread(attempt.complete, result)
     except BaseException as error:
         raised = error
         finished = conclude(attempt, error)
@@ -297,16 +298,23 @@ async def perform_async(attempt: Attempt, scope: anyio.CancelScope) -> Finished:
         with anyio.CancelScope(
             shield=True
         ):  # bounded by the deadline of the attempt, which the supervisor holds
-            await anyio.to_thread.run_sync(attempt.audience.ended, finished, raised)
+            await _in_thread(attempt.audience.ended, finished, raised)
     return finished
 
 
 async def _beside(attempt: Attempt, function: Callable[..., _T], *values: Any) -> _T:
     """Call `function` in a thread if it may ask the database, else on the spot: two threads' turns take 0.2 ms."""
     if attempt.asks_database:
-        return await anyio.to_thread.run_sync(function, *values)
+        return await _in_thread(function, *values)
     await anyio.lowlevel.checkpoint()
     return function(*values)
+
+
+async def _in_thread(function: Callable[..., _T], *values: Any) -> _T:
+    """Call `function` in a thread, whose connections end with the call: nobody else would close them."""
+    from taskkit.threads import with_own_connections  # it imports Django's databases
+
+    return await anyio.to_thread.run_sync(with_own_connections, partial(function, *values))
 
 
 def finish(attempt: Attempt, result: Any) -> Finished:

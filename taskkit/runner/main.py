@@ -15,7 +15,7 @@ from anyio.abc import TaskGroup
 from taskkit import failpoints
 from taskkit.errors import RunCancelled, SubmitError, TaskkitError, TaskTimeout
 from taskkit.registry import TaskDefinition
-from taskkit.runner import capture
+from taskkit.runner import capture, databases
 from taskkit.runner.attempt import Attempt, conclude, perform_async, perform_sync
 from taskkit.runner.emitter import LOST_DESCRIPTORS, Emitter
 from taskkit.runner.encode import failure_of
@@ -56,6 +56,8 @@ class Runner:
 
     def run(self) -> int:
         """Work until retired; return the exit code."""
+        if max(self._spec.runs, self._spec.concurrency) > 1 or self._spec.role == "intake":
+            databases.watch()
         try:
             failpoints.hit("runner.hello")
             self._emitter.send(Hello(runner=self._spec.id, pid=os.getpid()))
@@ -78,11 +80,13 @@ class Runner:
                 return
             if isinstance(order, Create):
                 self._emitter.send(self._create(order))
+                databases.release()
                 continue
             self._done += 1
             self._attempt_alone(order)
             if self._done < self._spec.runs:
                 end_children()
+                databases.release()
 
     def _attempt_alone(self, start: Start) -> None:
         began = time.monotonic()
@@ -107,6 +111,7 @@ class Runner:
         async with anyio.create_task_group() as group:
             group.start_soon(self._cancel_when_told, {attempt.token: scope})
             finished = await perform_async(attempt, scope)
+            await databases.arelease()
             group.cancel_scope.cancel()
         return finished
 
@@ -161,6 +166,8 @@ class Runner:
             self._end(await perform_async(attempt, scopes[attempt.token]))
         finally:
             del scopes[attempt.token]
+        if not scopes:
+            await databases.arelease()
 
     # --- what both have in common --------------------------------------------------------------------------
 

@@ -20,6 +20,7 @@ from tests.project.edges import *  # noqa: F403
 from tests.project.forging import *  # noqa: F403
 from tests.project.hearing import *  # noqa: F403
 from tests.project.limits import *  # noqa: F403
+from tests.project.querying import *  # noqa: F403
 from tests.project.stopping import *  # noqa: F403
 
 
