@@ -34,6 +34,7 @@ from gateway.state import After, OpenAttempt, RunnerState
 from gateway.store.rows import AttemptRow, Batch, KeyRow, Opened, RunRow
 from gateway.submission import Submission
 from gateway.tally import RunTally
+from gateway.throttle import Limit, Throttle
 from gateway.untold import Untold
 from taskkit.errors import LifecycleError, UnexpectedMessage
 from taskkit.identifiers import new_token
@@ -113,7 +114,8 @@ class Book:
         self.inputs = Inputs(opened.inputs)
         self._plan = Plan(opened.next_pos, self.untold)
         self._order = Ordering(settings.limits, self._plan)
-        self.queues = Queues()
+        self.throttle = Throttle(opened.begun, moment, now)
+        self.queues = Queues(self.throttle)
         self.expiry = Expiry()
         self.casualties = Casualties(settings.breaker, self.queues, self.runs)
         self.draining = False
@@ -239,6 +241,7 @@ class Book:
             using=submission.using,
             created_at=now,
             replay_of=submission.replay_of,
+            concurrency_key=submission.concurrency_key,
         )
         if run.replay_of is not None:
             self.casualties.released(run.replay_of)
@@ -421,9 +424,9 @@ class Book:
                 # The last run of a process is given when it is free: behind it the process is retired.
                 if len(runner.tokens) != depth or runner.seat.left <= 1 or self._is_stuck(runner):
                     continue
-                self._assign(runner, run, now, ahead=True)
                 taken = self.queues.take(pool, now)
                 assert taken is run
+                self._assign(runner, run, now, ahead=True)
                 run = self.queues.peek(pool, now)
                 if run is None or not self._may_go_ahead(run):
                     return
@@ -477,6 +480,7 @@ class Book:
             assigned_at=now,
         )
         self.attempts[row.token] = OpenAttempt(row, run)
+        self.throttle.assigned(run)
         if ahead:
             self._ahead[runner.spec.id] = None
         elif not runner.tokens:
@@ -499,6 +503,11 @@ class Book:
 
     #: Memory limit in bytes by task name; the engine fills it from the catalogue.
     memory_limits: Mapping[str, int] = {}
+
+    def throttled(self, limits: Mapping[str, Limit]) -> None:
+        """These tasks, by name, have limits from now on: see `gateway.throttle`."""
+        open = [(attempt.run, attempt.row.started_at is not None) for attempt in self.attempts.values()]
+        self.throttle.use(limits, open)
 
     # --- what runners say ----------------------------------------------------------------------------------
 
@@ -562,6 +571,7 @@ class Book:
         self._order.limit_time(run, row)
         self._order.limit_rest(run, row)
         attempt.listened = self.moment
+        self.throttle.begun(run, now, self.batch)
         self.expiry.remove(run.no)
         self._progressed(row.runner)
         if run.cancelling:  # before it had begun, when only giving it back was asked for
@@ -604,6 +614,7 @@ class Book:
         row.failure = None if failure is None else msgspec.json.encode(failure)
         self.batch.changed_attempts.append(row)
         del self.attempts[row.token]
+        self.throttle.ended(attempt.run, begun=row.started_at is not None)
         self.tally.attempts[ending.value] += 1
         runner = self.runners.get(row.runner)
         if runner is not None:

@@ -11,9 +11,18 @@ from dataclasses import dataclass, field
 from typing import TypeAlias
 
 from gateway.store.rows import RunRow
+from gateway.throttle import Gate, Throttle, gate_of
 
 #: Entries (-priority, number) of READY runs, the next one at the head.
 _Heap: TypeAlias = list[tuple[int, int]]
+
+
+@dataclass(slots=True)
+class _Shelf:
+    """Runs of one gate and pool that were put aside. `back` is the number of the one that was put back."""
+
+    heap: _Heap = field(default_factory=list)
+    back: int | None = None
 
 
 @dataclass(slots=True)
@@ -23,11 +32,16 @@ class Queues:
     Larger priority first, then older first. A suspect, which has to have a process for itself, waits in a queue of
     its own; so does a run whose task is held. Such a run is put aside when it comes to the head, and put back when
     its task is let go: each time once, so that a thousand of them in front cost nothing per round.
+
+    So is a run that may not pass its gate (`gateway.throttle`). Of those that wait at an open gate one is put back per
+    pool, and the next one when that is taken: ten thousand at one gate cost nobody else anything.
     """
 
+    throttle: Throttle = field(default_factory=Throttle)
     _ready: dict[str, _Heap] = field(default_factory=dict)
     _suspects: dict[str, _Heap] = field(default_factory=dict)
     _held: dict[str, dict[str, _Heap]] = field(default_factory=dict)  # by task and pool
+    _shelves: dict[Gate, dict[str, _Shelf]] = field(default_factory=dict)  # by gate and pool
     _later: list[tuple[float, int]] = field(default_factory=list)
     _delayed: list[tuple[float, int]] = field(default_factory=list)
     _waiting: dict[int, RunRow] = field(default_factory=dict)
@@ -64,6 +78,9 @@ class Queues:
     def wake(self, moment: float) -> None:
         """It is that moment now."""
         self._ripen(self._delayed, moment)
+        for gate in self.throttle.turn(moment):
+            for pool in list(self._shelves.get(gate, ())):
+                self._put_back(gate, pool)
 
     def _push(self, run: RunRow) -> None:
         heaps = self._suspects if run.suspect else self._ready
@@ -71,8 +88,10 @@ class Queues:
 
     def remove(self, no: int) -> None:
         """A run waits no longer."""
-        if self._waiting.pop(no, None) is None:
+        run = self._waiting.pop(no, None)
+        if run is None:
             return
+        self._follow(run)
         self._left += 1
         if self._left > len(self._waiting) + 100:
             self._sweep()
@@ -91,6 +110,38 @@ class Queues:
     def _heaps(self) -> Iterator[_Heap]:
         for heaps in (self._ready, self._suspects, *self._held.values()):
             yield from heaps.values()
+        for shelves in self._shelves.values():
+            for shelf in shelves.values():
+                yield shelf.heap
+
+    def _put_aside(self, run: RunRow, pool: str) -> None:
+        shelf = self._shelves.setdefault(gate_of(run), {}).setdefault(pool, _Shelf())
+        heapq.heappush(shelf.heap, (-run.priority, run.no))
+        if shelf.back == run.no:
+            shelf.back = None
+
+    def _follow(self, run: RunRow) -> None:
+        """A run waits no longer: if it was the one that was put back, another one of its gate follows."""
+        shelf = self._shelves.get(gate_of(run), {}).get(run.pool) if self._shelves else None
+        if shelf is not None and shelf.back == run.no:
+            shelf.back = None
+            self._put_back(gate_of(run), run.pool)
+
+    def _put_back(self, gate: Gate, pool: str) -> None:
+        """Put the first run back that waits at this gate, unless one is there or the gate is closed."""
+        shelf = self._shelves[gate][pool]
+        while shelf.heap and shelf.back is None:
+            run = self._waiting.get(shelf.heap[0][1])
+            if run is not None:
+                if not self.throttle.has_room(gate):
+                    return
+                shelf.back = run.no
+                self._push(run)
+            heapq.heappop(shelf.heap)
+        if not shelf.heap and shelf.back is None:
+            del self._shelves[gate][pool]
+            if not self._shelves[gate]:
+                del self._shelves[gate]
 
     def hold(self, task: str) -> None:
         """Give out no run of this task until it is let go, but for those on trial."""
@@ -138,6 +189,9 @@ class Queues:
                 heapq.heappop(heap)
             elif run.task in self._held:
                 heapq.heappush(self._held[run.task].setdefault(pool, []), heapq.heappop(heap))
+            elif not self.throttle.admits(run):
+                heapq.heappop(heap)
+                self._put_aside(run, pool)
             else:
                 break
         return heap
@@ -165,13 +219,18 @@ class Queues:
         return [heap for heap in heaps if heap]
 
     def _left_out(self, heap: _Heap) -> _Heap:
+        """Return a heap of a held task without entries of runs that left, or nothing if its gate is closed."""
         while heap and heap[0][1] not in self._waiting:
             heapq.heappop(heap)
-        return heap
+        return heap if heap and self.throttle.admits(self._waiting[heap[0][1]]) else []
 
     def _pop(self, heap: _Heap) -> RunRow | None:
         # Its time is not asked again: if the wall clock was set back since it came, the run would be lost here.
-        return self._waiting.pop(heapq.heappop(heap)[1]) if heap else None
+        if not heap:
+            return None
+        run = self._waiting.pop(heapq.heappop(heap)[1])
+        self._follow(run)
+        return run
 
     def peek(self, pool: str, now: float) -> RunRow | None:
         """Return the run that `take` would take out."""

@@ -426,6 +426,7 @@ class Engine:
         self.book.memory_limits = {
             task.name: task.memory_limit for task in catalogue.all() if task.memory_limit is not None
         }
+        self.book.throttled(catalogue.limits())
 
     def tell(self, message: Message) -> None:
         """Send to the supervisor."""
@@ -455,7 +456,8 @@ class Engine:
                 continue
             # A wall clock may step: look at least once a second while a run waits for its time.
             waits.append(min(due - time.time(), 1.0))
-        moments = (self.book.queues.next_delayed(), self.book.casualties.next_trial(self.book.moment))
+        book = self.book
+        moments = (book.queues.next_delayed(), book.casualties.next_trial(book.moment), book.throttle.next())
         waits += [moment - trio.current_time() for moment in moments if moment is not None]
         return max(0.0, min(waits, default=_LONGEST_SLEEP))
 

@@ -127,6 +127,7 @@ def _entry(submission: Submission) -> Submit:
         metadata=msgspec.json.decode(submission.metadata),
         tags=list(submission.tags),
         subject=submission.subject,
+        concurrency_key=submission.concurrency_key,
         key=submission.key,
         digest=submission.digest,
     )

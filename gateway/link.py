@@ -294,6 +294,7 @@ def _body(message: Submit) -> Mapping[str, Any]:
         "max_attempts": message.max_attempts,
         "metadata": message.metadata or None,
         "tags": message.tags or None,
+        "concurrency_key": message.concurrency_key or None,
     }
     return body | {key: value for key, value in options.items() if value is not None}
 

@@ -74,6 +74,7 @@ class Summary(TypedDict):
     metadata: msgspec.Raw | None
     tags: tuple[str, ...]
     replay_of: str | None
+    concurrency_key: str
     urls: Urls
 
 
@@ -144,6 +145,8 @@ class Task(TypedDict):
     stall_timeout: float | None
     schedule_timeout: float | None
     max_attempts: int
+    concurrency: int | None
+    rate_limit: str | None
     memory_limit: int | None
     on_lost: str
     on_disconnect: str
@@ -202,6 +205,7 @@ def summary(run: RunRow) -> Summary:
         "metadata": raw(run.metadata),
         "tags": run.tags,
         "replay_of": run.replay_of,
+        "concurrency_key": run.concurrency_key,
         "urls": urls(run.id),
     }
 
@@ -291,6 +295,8 @@ def task(info: TaskInfo) -> Task:
         "stall_timeout": info.stall_timeout,
         "schedule_timeout": info.schedule_timeout,
         "max_attempts": info.max_attempts,
+        "concurrency": info.concurrency,
+        "rate_limit": info.rate_limit,
         "memory_limit": info.memory_limit,
         "on_lost": info.on_lost,
         "on_disconnect": info.on_disconnect,

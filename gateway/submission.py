@@ -29,13 +29,16 @@ from gateway.fields import (
     whole,
 )
 from gateway.store.rows import RunRow
+from gateway.throttle import Limit
 from taskkit.errors import InvalidArguments, UnknownTask
 from taskkit.identifiers import new_run_id, parse_run_id
+from taskkit.rates import parse_rate
 from taskkit.settings import LimitSettings, PoolSettings
 from taskkit.wire.messages import LIMITS, Row, TaskInfo
 
 MAX_TAGS: Final = 20
 MAX_TAG: Final = 100  # characters
+MAX_CONCURRENCY_KEY: Final = 200  # characters
 MAX_METADATA: Final = 16 * 1024  # bytes of JSON; it travels with the run to every process that shows it
 MAX_ATTEMPTS: Final = 100
 
@@ -66,6 +69,9 @@ FIELDS: Final[Mapping[str, Field]] = {
     "max_attempts": whole(1, MAX_ATTEMPTS).about("Attempts until the run has failed."),
     "metadata": mapping().about(f"Travels with the run; at most {MAX_METADATA} bytes of JSON."),
     "tags": texts(MAX_TAGS, MAX_TAG).about("What lists of runs can be narrowed by."),
+    "concurrency_key": text(1, MAX_CONCURRENCY_KEY).about(
+        "Who shares the `concurrency` and the `rate_limit` of the task: each key has them to itself."
+    ),
     "id": _ID,
 }
 
@@ -87,6 +93,7 @@ class Submission:
       using: alias of the Django database that the run is projected to.
       key: the idempotency key; digest: of the body that came with it.
       replay_of: id of the ended run whose arguments it has.
+      concurrency_key: who shares the limits of the task with it; "" with all that have none.
     """
 
     id: str
@@ -111,6 +118,7 @@ class Submission:
     cpu_timeout: float | None = None
     stall_timeout: float | None = None
     schedule_timeout: float | None = None
+    concurrency_key: str = ""
 
 
 class Catalogue:
@@ -137,6 +145,16 @@ class Catalogue:
         """Return every task, by name."""
         return list(self._tasks)
 
+    def limits(self) -> dict[str, Limit]:
+        """Return the limits of the tasks that have any, by name."""
+        return {
+            task.name: Limit(
+                task.concurrency, None if task.rate_limit is None else parse_rate(task.rate_limit)
+            )
+            for task in self._tasks
+            if is_throttled(task)
+        }
+
     def validator(self, task: TaskInfo) -> Validator:
         """Return the compiled schema of the task's parameters, compiled at its first use."""
         found = self._validators.get(task.name)
@@ -144,6 +162,11 @@ class Catalogue:
             found = compile_schema(task.parameters)
             self._validators[task.name] = found
         return found
+
+
+def is_throttled(task: TaskInfo) -> bool:
+    """Whether a task has limits that a key can share."""
+    return task.concurrency is not None or task.rate_limit is not None
 
 
 def body_digest(body: Mapping[str, Any]) -> bytes:
@@ -191,6 +214,7 @@ def parse_submission(
         tags=read.tags(),
         subject=subject,
         origin=origin,
+        concurrency_key=read.concurrency_key(task),
     )
     read.limits(submission, task, pools.get(submission.pool))
     submission.args, submission.kwargs = read.arguments(task, catalogue, limits)
@@ -267,6 +291,7 @@ def replay_of(
         origin=run.origin,
         using=run.using,
         replay_of=run.id,
+        concurrency_key=run.concurrency_key,
         **_limits(run),
     )
 
@@ -304,6 +329,14 @@ class _Reader:
     def priority(self, task: TaskInfo) -> int:
         value = self._get("priority")
         return task.priority if value is None else int(value)
+
+    def concurrency_key(self, task: TaskInfo) -> str:
+        key = self._get("concurrency_key") or ""
+        if key and not is_throttled(task):
+            self._errors["concurrency_key"] = (
+                f"{task.name} has neither `concurrency` nor `rate_limit`, which the key could share"
+            )
+        return str(key)
 
     def run_after(self) -> float | None:
         text = self._get("run_after")

@@ -56,6 +56,8 @@ class BulkheadTask(_Task[_P, _T]):
 
     max_attempts: int = 1
     backoff: Backoff | None = None
+    concurrency: int | None = None
+    rate_limit: str | None = None
     timeout: float | None = None
     soft_timeout: float | None = None
     cpu_timeout: float | None = None

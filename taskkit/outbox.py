@@ -138,6 +138,7 @@ def submit(
     max_attempts: int | None = None,
     metadata: Mapping[str, Any] | None = None,
     tags: Sequence[str] = (),
+    concurrency_key: str = "",
     subject: str = "",
     backend: str = "",
     queue: str = "",
@@ -146,8 +147,9 @@ def submit(
 
     `task` is a registered function, its name or dotted path, or a saved row of a task model (`row` is the
     longer way to say that). A row that has an open run gets no second one: the handle is that run's.
-    Arguments become JSON here, so later changes to them have no effect. `subject` is on whose behalf: a user who
-    has a token of this `sub` that reaches his own runs sees it (`taskkit.views`). `backend` and `queue` are what
+    Arguments become JSON here, so later changes to them have no effect. The runs of one `concurrency_key` share the
+    `concurrency` and the `rate_limit` of their task, which each key has to itself. `subject` is on whose behalf: a user
+    who has a token of this `sub` that reaches his own runs sees it (`taskkit.views`). `backend` and `queue` are what
     Django's own Tasks interface calls the way it came; they are kept with the run.
 
     Name and arguments are checked here, by the tasks that this process knows; its first submission imports
@@ -186,10 +188,16 @@ def submit(
         max_attempts=max_attempts,
         metadata=as_json(dict(metadata or {}), "metadata"),
         tags=list(tags),
+        concurrency_key=concurrency_key,
         subject=subject,
         using=alias,
     )
     check(submission)
+    if concurrency_key and definition.info.concurrency is None and definition.info.rate_limit is None:
+        raise ValueError(
+            f"concurrency_key = {concurrency_key!r}: {name} has neither `concurrency` nor `rate_limit`, which it could "
+            "share"
+        )
     return _insert(submission, priority=definition.info.priority, backend=backend, queue=queue)
 
 

@@ -85,9 +85,9 @@ class StreamTask(models.Model):
     once per start of the row.
 
     Options are class attributes, by the names of `@task`: `pool`, `priority`, `timeout`, `soft_timeout`,
-    `cpu_timeout`, `stall_timeout`, `schedule_timeout`, `max_attempts`, `backoff`, `memory_limit`,
-    `metadata`, `on_lost`, `on_disconnect`, `loop`. A model field of such a name is a field, not an option.
-    `submit_fields` lists the fields that a submission over HTTP may set; by
+    `cpu_timeout`, `stall_timeout`, `schedule_timeout`, `max_attempts`, `backoff`, `concurrency`,
+    `rate_limit`, `memory_limit`, `metadata`, `on_lost`, `on_disconnect`, `loop`. A model field of
+    such a name is a field, not an option. `submit_fields` lists the fields that a submission over HTTP may set; by
     default all own editable fields that are neither relations nor files.
     """
 
@@ -100,6 +100,8 @@ class StreamTask(models.Model):
     schedule_timeout: ClassVar[float | None] = None
     max_attempts: ClassVar[int] = 1
     backoff: ClassVar[Callable[[BaseException, Any], float | None] | None] = None
+    concurrency: ClassVar[int | None] = None
+    rate_limit: ClassVar[str | None] = None
     memory_limit: ClassVar[int | None] = None
     metadata: ClassVar[dict[str, Any]] = {}
     on_lost: ClassVar[Literal["retry", "fail"]] = "retry"

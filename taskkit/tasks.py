@@ -15,6 +15,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from taskkit.identifiers import is_task_name
+from taskkit.rates import parse_rate
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -39,6 +40,8 @@ class TaskOptions(Struct, frozen=True, kw_only=True):
       max_attempts: how often an attempt that raises or crashes may be made, at most.
       backoff: called in the runner with (exception, task_result); seconds until the next attempt, None
       gives up.
+      concurrency: runs that may be under way at once, of those that share a `concurrency_key`; None: any number.
+      rate_limit: attempts that may begin in any such time, of those that share a `concurrency_key`: "10/m", "3/30s".
       memory_limit: bytes of address space of the runner; None leaves it to the pool.
       metadata: plain data that every run brings along.
       on_lost: whether a run is performed again ("retry") when the machine fails under it, or fails ("fail").
@@ -56,6 +59,8 @@ class TaskOptions(Struct, frozen=True, kw_only=True):
     schedule_timeout: Annotated[float, Meta(gt=0)] | None = None
     max_attempts: Annotated[int, Meta(ge=1)] = 1
     backoff: Any = None
+    concurrency: Annotated[int, Meta(ge=1)] | None = None
+    rate_limit: str | None = None
     memory_limit: Annotated[int, Meta(ge=1)] | None = None
     metadata: dict[str, Any] = {}
     on_lost: Literal["retry", "fail"] = "retry"
@@ -97,6 +102,11 @@ def make_options(where: str, given: dict[str, Any]) -> TaskOptions:
         raise ValueError(
             f"{where}: backoff = {options.backoff!r}: write a function of (exception, task_result)"
         )
+    if options.rate_limit is not None:
+        try:
+            parse_rate(options.rate_limit)
+        except ValueError as error:
+            raise ValueError(f"{where}: rate_limit = {options.rate_limit!r}: {error}") from None
     soft, hard = options.soft_timeout, options.timeout
     if soft is not None and hard is not None and soft >= hard:
         raise ValueError(f"{where}: soft_timeout = {soft!r}: it must be shorter than timeout = {hard!r}")
@@ -158,6 +168,8 @@ def task(
     schedule_timeout: float | None = None,
     max_attempts: int = 1,
     backoff: Backoff | None = None,
+    concurrency: int | None = None,
+    rate_limit: str | None = None,
     memory_limit: int | None = None,
     metadata: dict[str, Any] | None = None,
     on_lost: Literal["retry", "fail"] = "retry",
@@ -180,6 +192,8 @@ def task(
     schedule_timeout: float | None = None,
     max_attempts: int = 1,
     backoff: Backoff | None = None,
+    concurrency: int | None = None,
+    rate_limit: str | None = None,
     memory_limit: int | None = None,
     metadata: dict[str, Any] | None = None,
     on_lost: Literal["retry", "fail"] = "retry",
@@ -207,6 +221,8 @@ def task(
         "schedule_timeout": schedule_timeout,
         "max_attempts": max_attempts,
         "backoff": backoff,
+        "concurrency": concurrency,
+        "rate_limit": rate_limit,
         "memory_limit": memory_limit,
         "metadata": {} if metadata is None else metadata,
         "on_lost": on_lost,

@@ -20,6 +20,7 @@ from gateway.store.rows import (
     MAX_QUARANTINED,
     MAX_UNTOLD,
     AttemptRow,
+    BegunRow,
     EventRow,
     InputRow,
     KeyRow,
@@ -33,6 +34,7 @@ from gateway.store.rows import (
 )
 from gateway.store.schema import (
     ATTEMPT_COLUMNS,
+    BEGUN_COLUMNS,
     EVENT_COLUMNS,
     INPUT_COLUMNS,
     KEY_COLUMNS,
@@ -108,6 +110,7 @@ def opened(connection: sqlite3.Connection) -> Opened:
         tickets=_all(connection, "ticket", TICKET_COLUMNS, TicketRow),
         revocations=_all(connection, "revocation", REVOCATION_COLUMNS, RevocationRow),
         inputs=_all(connection, "input", INPUT_COLUMNS, InputRow, "run, number"),
+        begun=_all(connection, "begun", BEGUN_COLUMNS, BegunRow, "at"),
         more_untold=ended == MAX_UNTOLD,
         gaps=get_gaps(connection),
         newest_id=connection.execute("SELECT coalesce(max(id), '') FROM run").fetchone()[0],

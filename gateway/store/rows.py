@@ -31,6 +31,7 @@ class RunRow:
       progress: JSON of the newest run.progress, or None.
       cancelling: somebody wants it to stop.
       replay_of: id of the ended run whose arguments it has, or None.
+      concurrency_key: who shares the limits of its task with it (gateway.throttle).
       crashes: runners that it has killed; at taskkit.lifecycle.QUARANTINE_AFTER it is quarantined.
       suspect: it was in a shared process that died, so it is performed alone.
       epoch: grows when its newest events may have been lost with the machine's power (gateway.store.writer).
@@ -64,6 +65,7 @@ class RunRow:
     using: str = "default"
     created_at: float = 0.0
     replay_of: str | None = None
+    concurrency_key: str = ""
     # what changes
     status: RunStatus = RunStatus.READY
     attempt: int = 0
@@ -236,6 +238,15 @@ class InputRow:
     at: float
 
 
+class BegunRow(NamedTuple):
+    """An attempt of a task whose rate is limited has begun; `until` is when that does not matter any more."""
+
+    task: str
+    key: str
+    at: float
+    until: float
+
+
 @dataclass(slots=True)
 class Batch:
     """Everything one round changes, in one transaction.
@@ -257,6 +268,8 @@ class Batch:
       revocations: made in this round; one of the same name is replaced.
       inputs: what runs were told.
       told_enough: numbers of runs that have ended: what they were told goes.
+      begun: attempts that began in this round, of tasks whose rate is limited.
+      begun_before: those that do not matter any more at this time may go.
       full: commit with synchronous=FULL (an accept, a claim or an end is among it).
     """
 
@@ -277,6 +290,8 @@ class Batch:
     revocations: list[RevocationRow] = field(default_factory=list)
     inputs: list[InputRow] = field(default_factory=list)
     told_enough: list[int] = field(default_factory=list)
+    begun: list[BegunRow] = field(default_factory=list)
+    begun_before: float | None = None
     full: bool = False
 
     def __bool__(self) -> bool:
@@ -299,6 +314,8 @@ class Batch:
             or self.revocations
             or self.inputs
             or self.told_enough
+            or self.begun
+            or self.begun_before
         )
 
 
@@ -319,6 +336,7 @@ class Opened:
       quarantined: the newest runs in quarantine that nobody has released, oldest first.
       tickets, revocations: all that have not been removed.
       inputs: what open runs were told, by run, then number.
+      begun: attempts whose beginning counts against a rate, oldest first.
     """
 
     runs: dict[int, RunRow]
@@ -331,6 +349,7 @@ class Opened:
     tickets: list[TicketRow] = field(default_factory=list)
     revocations: list[RevocationRow] = field(default_factory=list)
     inputs: list[InputRow] = field(default_factory=list)
+    begun: list[BegunRow] = field(default_factory=list)
     more_untold: bool = False
     gaps: list[tuple[int, int]] = field(default_factory=list)
     newest_id: str = "~"

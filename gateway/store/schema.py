@@ -15,6 +15,7 @@ from typing import Final
 from gateway.store.protocol import StoreTooNew
 from gateway.store.rows import (
     AttemptRow,
+    BegunRow,
     EventRow,
     InputRow,
     KeyRow,
@@ -32,6 +33,7 @@ KEY_COLUMNS: Final = tuple(field.name for field in fields(KeyRow))
 TICKET_COLUMNS: Final = tuple(field.name for field in fields(TicketRow))
 REVOCATION_COLUMNS: Final = tuple(field.name for field in fields(RevocationRow))
 INPUT_COLUMNS: Final = tuple(field.name for field in fields(InputRow))
+BEGUN_COLUMNS: Final = BegunRow._fields
 
 #: AUTOINCREMENT where a number must never be given out twice, even when retention has removed the newest row:
 #: `no` stands in every other table, `pos` is a cursor of multiplexed streams. Measured: no difference per
@@ -207,9 +209,17 @@ _LIMITS: Final = tuple(
     for name in ("soft_timeout", "cpu_timeout", "stall_timeout", "schedule_timeout")
 )
 
+#: Limits of a task by key: which one a run has, and what has begun of tasks whose rate is limited.
+_THROTTLE: Final = (
+    "ALTER TABLE run ADD COLUMN concurrency_key TEXT NOT NULL DEFAULT ''",
+    "CREATE TABLE begun (task TEXT NOT NULL, key TEXT NOT NULL, at REAL NOT NULL, until REAL NOT NULL)",
+    "CREATE INDEX begun_by_age ON begun (until)",
+)
+
 #: Statements of each step.
 STEPS: Final[tuple[Sequence[str], ...]] = (
     *(_FIRST, _CRASHES, _RETENTION, _GRANTS, _STREAMS, _ATTEMPTED, _INPUTS, _LIMITS),
+    _THROTTLE,
 )
 
 

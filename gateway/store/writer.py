@@ -25,6 +25,7 @@ from gateway.store.retention import ROW_BYTES, Slices, sizes
 from gateway.store.rows import MUTABLE, SPOKEN, Batch, EventRow, OutputRow, RunRow
 from gateway.store.schema import (
     ATTEMPT_COLUMNS,
+    BEGUN_COLUMNS,
     INPUT_COLUMNS,
     KEY_COLUMNS,
     OUTPUT_COLUMNS,
@@ -97,6 +98,8 @@ _UPSERT_REVOCATION: Final = (
 )
 _INSERT_INPUT: Final = _insert("input", INPUT_COLUMNS)
 _DELETE_INPUTS: Final = "DELETE FROM input WHERE run = ?"
+_INSERT_BEGUN: Final = _insert("begun", BEGUN_COLUMNS)
+_DELETE_BEGUN: Final = "DELETE FROM begun WHERE until <= ?"
 _UPDATE_TOLD: Final = "UPDATE run SET told = ? WHERE no = ? AND told < ?"
 
 
@@ -203,6 +206,8 @@ def prepare(batch: Batch) -> Prepared:
         Step(_UPSERT_REVOCATION, [_revocation_values(row) for row in batch.revocations]),
         Step(_INSERT_INPUT, [_input_values(row) for row in batch.inputs]),
         Step(_DELETE_INPUTS, [(run,) for run in batch.told_enough]),
+        Step(_INSERT_BEGUN, batch.begun.copy()),
+        Step(_DELETE_BEGUN, [] if batch.begun_before is None else [(batch.begun_before,)]),
     ]
     return Prepared([step for step in steps if step.rows], batch.full, events, outputs)
 

@@ -46,6 +46,7 @@ class TaskInfo(Struct, frozen=True, kw_only=True, omit_defaults=True):
       kind: "function" or "model".
       parameters: JSON Schema (2020-12) of the keyword arguments, or of a model's `submit_fields`.
       positional: names of the parameters in their order, for submissions with `args`.
+      concurrency, rate_limit: see `taskkit.tasks.TaskOptions`.
       on_lost: "retry" or "fail"; what happens when the machine fails under the run.
       on_disconnect: "continue" or "cancel".
     """
@@ -64,6 +65,8 @@ class TaskInfo(Struct, frozen=True, kw_only=True, omit_defaults=True):
     stall_timeout: float | None = None
     schedule_timeout: float | None = None
     max_attempts: int = 1
+    concurrency: int | None = None
+    rate_limit: str | None = None
     memory_limit: int | None = None
     on_lost: str = "retry"
     on_disconnect: str = "continue"
@@ -615,6 +618,7 @@ class Submit(Message, frozen=True):
     max_attempts: int | None = None
     metadata: dict[str, Any] = {}
     tags: list[str] = []
+    concurrency_key: str = ""
     subject: str = ""
     using: str = "default"
     key: str | None = None

@@ -32,6 +32,7 @@ SHARED = (
     "taskkit.channel",
     "taskkit.claims",
     "taskkit.timetable",
+    "taskkit.rates",
     "taskkit.tokens",
 )
 
@@ -54,6 +55,7 @@ PURE = (
     "taskkit.settings",
     "taskkit.claims",
     "taskkit.timetable",
+    "taskkit.rates",
     "gateway.sse",
     "gateway.dialects",
     "gateway.handshake",
@@ -83,6 +85,7 @@ PURE = (
     "gateway.grants",
     "gateway.expiry",
     "gateway.inputs",
+    "gateway.throttle",
     "gateway.failures",
     "supervisor.policy",
     "supervisor.causes",

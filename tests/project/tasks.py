@@ -22,6 +22,7 @@ from tests.project.hearing import *  # noqa: F403
 from tests.project.limits import *  # noqa: F403
 from tests.project.querying import *  # noqa: F403
 from tests.project.stopping import *  # noqa: F403
+from tests.project.throttling import *  # noqa: F403
 
 
 @task

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,11 +16,23 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from gateway.book import Book
 from gateway.output import Line
 from gateway.state import After
-from gateway.store.rows import SPOKEN, AttemptRow, Batch, EventRow, KeyRow, Opened, QuarantinedRow, RunRow
+from gateway.store.rows import (
+    SPOKEN,
+    AttemptRow,
+    Batch,
+    BegunRow,
+    EventRow,
+    KeyRow,
+    Opened,
+    QuarantinedRow,
+    RunRow,
+)
 from gateway.submission import Submission
+from gateway.throttle import Gate, Limit, gate_of
 from taskkit.errors import LifecycleError, UnexpectedMessage
 from taskkit.identifiers import new_run_id
 from taskkit.lifecycle import QUARANTINE_AFTER, RunStatus
+from taskkit.rates import Rate
 from taskkit.settings import BreakerSettings, LimitSettings, PoolSettings, Settings
 from taskkit.wire.messages import (
     Assigned,
@@ -89,6 +102,7 @@ class ModelStore:
         self.sources: dict[str, int] = {}
         self.ended: set[int] = set()
         self.breakers: dict[str, bytes] = {}
+        self.begun: list[BegunRow] = []
         self.last_pos = 0
 
     def commit(self, batch: Batch) -> None:
@@ -112,6 +126,9 @@ class ModelStore:
         for no, version in batch.told.items():
             assert version <= self.runs[no].version
             self.runs[no].told = version
+        self.begun += batch.begun
+        if batch.begun_before is not None:
+            self.begun = [row for row in self.begun if row.until > batch.begun_before]
 
     def _runs(self, batch: Batch) -> None:
         for run in batch.runs:
@@ -166,7 +183,14 @@ class ModelStore:
             if run.status is RunStatus.FAILED and run.crashes >= QUARANTINE_AFTER
         ]
         return Opened(
-            runs, attempts, dict(self.sources), next_no, self.last_pos + 1, dict(self.breakers), quarantined
+            runs,
+            attempts,
+            dict(self.sources),
+            next_no,
+            self.last_pos + 1,
+            dict(self.breakers),
+            quarantined,
+            begun=sorted(self.begun, key=lambda row: row.at),
         )
 
 
@@ -185,8 +209,9 @@ class SimRunner:
     retired: bool = False
 
 
-#: The second one is never held back.
-TASKS = ("t.f", "spared.f")
+#: The second one is never held back, the third has limits.
+TASKS = ("t.f", "spared.f", "narrow.f")
+NARROW = Limit(2, Rate(3, 0.3))
 
 
 class BookMachine(RuleBasedStateMachine):
@@ -198,7 +223,9 @@ class BookMachine(RuleBasedStateMachine):
         self.store = ModelStore()
         self.runners: dict[str, SimRunner] = {}
         self.made = 0
+        self.began: dict[str, float] = {}  # when user code began, by token
         self.book = Book(SETTINGS, self.store.open(), [], self.now, self.now)
+        self.book.throttled({"narrow.f": NARROW})
 
     # --- a round, as the engine makes it, and its three ways to be cut short
 
@@ -283,6 +310,7 @@ class BookMachine(RuleBasedStateMachine):
 
     def _restart(self) -> None:
         self.book = Book(SETTINGS, self.store.open(), list(self.runners), self.now, self.now)
+        self.book.throttled({"narrow.f": NARROW})
         for id, sim in self.runners.items():
             self.book.runner_up(sim.spec, 1, self.now, adopted=True)
             if sim.retired:  # the supervisor knows
@@ -318,6 +346,7 @@ class BookMachine(RuleBasedStateMachine):
         on_lost=st.sampled_from(("retry", "fail")),
         later=st.sampled_from((None, None, -1.0, 0.03)),
         row=st.sampled_from((None, None, 1, 2)),
+        key=st.sampled_from(("", "a", "b")),
     )
     def accept(
         self,
@@ -328,6 +357,7 @@ class BookMachine(RuleBasedStateMachine):
         on_lost: str,
         later: float | None,
         row: int | None,
+        key: str,
     ) -> None:
         address = None if row is None else Row(app="a", model="M", pk=row)
         if address is not None and self.book.find_row(address.key) is not None:
@@ -341,6 +371,7 @@ class BookMachine(RuleBasedStateMachine):
             run_after=None if later is None else self.now + later,
             row=address,
             timeout=5.0 if priority else None,
+            concurrency_key=key,
         )
         run = self.book.accept(made, self.now)
         assert self.book.find(run.id) is run
@@ -365,6 +396,7 @@ class BookMachine(RuleBasedStateMachine):
         sim = choices[pick % len(choices)]
         token = sim.ordered.pop(0)
         sim.started.append(token)
+        self.began[token] = self.now
         sim.frames.append(Started(token=token))
 
     @precondition(lambda self: any(sim.started for sim in self._living()))
@@ -431,6 +463,7 @@ class BookMachine(RuleBasedStateMachine):
         for _ in range(2):
             self._round(8, "whole")
         for token in sim.ordered:
+            self.began[token] = self.now
             sim.frames.append(Started(token=token))
             if returned:
                 returned -= 1
@@ -563,6 +596,20 @@ class BookMachine(RuleBasedStateMachine):
             assert len(ends) == (1 if run.status.is_terminal else 0)
             assert run.status.is_terminal == (no in self.store.ended)
             assert (run.finished_at is not None) == run.status.is_terminal
+
+    @invariant()
+    def limits_hold_per_key(self) -> None:
+        open = Counter(gate_of(attempt.run) for attempt in self.book.attempts.values())
+        assert all(count <= 2 for (task, _), count in open.items() if task == "narrow.f")
+        begun: dict[Gate, list[float]] = {}
+        for token, at in self.began.items():
+            row = self.store.attempts[token]
+            run = self.store.runs[row.run]
+            if row.started_at is not None and run.task == "narrow.f":
+                begun.setdefault(gate_of(run), []).append(at)
+        for times in begun.values():
+            times.sort()
+            assert all(last - first >= 0.3 - 1e-9 for first, last in zip(times, times[3:], strict=False))
 
     def teardown(self) -> None:
         """Whatever has happened, everything ends: runners perform what they are given until nothing waits."""
