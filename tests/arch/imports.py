@@ -7,6 +7,7 @@ import; the interpreter finds what comes along through others.
 from __future__ import annotations
 
 import ast
+import functools
 import json
 import os
 import subprocess
@@ -211,23 +212,32 @@ def _nodes(node: ast.AST) -> Iterator[ast.AST]:
         yield from _nodes(child)
 
 
-def _base(node: ast.ImportFrom, module: str, path: Path) -> str:
+def _base(node: ast.ImportFrom, module: str, is_package: bool) -> str:
     """Return the absolute name of the package that `from … import` looks in."""
     if not node.level:
         return node.module or ""
-    package = module.split(".") if path.name == "__init__.py" else module.split(".")[:-1]
+    package = module.split(".") if is_package else module.split(".")[:-1]
     parts = package[: len(package) - node.level + 1]
     return ".".join([*parts, *([node.module] if node.module else [])])
 
 
-def imports(module: str, path: Path) -> Iterator[tuple[int, str]]:
-    """Yield (line, imported name) of a file: at any depth, also by `import_module` with a literal name."""
-    for node in _nodes(ast.parse(path.read_text(), str(path))):
+def imports(module: str, path: Path) -> tuple[tuple[int, str], ...]:
+    """Return (line, imported name) of a file: at any depth, also by `import_module` with a literal name."""
+    return _imports(module, path.name == "__init__.py", path.read_text())
+
+
+@functools.cache  # a second for all files, and each test asks for all of them
+def _imports(module: str, is_package: bool, text: str) -> tuple[tuple[int, str], ...]:
+    return tuple(_found(module, is_package, ast.parse(text, module)))
+
+
+def _found(module: str, is_package: bool, tree: ast.AST) -> Iterator[tuple[int, str]]:
+    for node in _nodes(tree):
         if isinstance(node, ast.Import):
             for alias in node.names:
                 yield node.lineno, alias.name
         elif isinstance(node, ast.ImportFrom):
-            base = _base(node, module, path)
+            base = _base(node, module, is_package)
             # `from taskkit import linux` imports taskkit.linux; `from trio import Event` is below trio.
             for alias in node.names:
                 yield node.lineno, f"{base}.{alias.name}"
