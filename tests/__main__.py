@@ -13,52 +13,40 @@ test ran).
 from __future__ import annotations
 
 import argparse
-import contextlib
+import compileall
 import functools
+import itertools
 import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
-import xml.etree.ElementTree as ElementTree
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+from tests.lots import FOLDERS, ROOT, Lot, close, deal, perform
+
 APT_FILE = ROOT / "tests" / "apt.txt"
 
-MOMENTS = "tests/chaos/test_failpoints.py"
-GUARDS = "tests/chaos/test_mutants.py"
+#: Groups that measure time, or judge how long something takes: each has the machine for itself, in this order.
+BY_ITSELF = ("alone", "chaos", "bench-smoke")
 
-#: What pytest is asked for by group, in the order they run: cheap ones first.
-FOLDERS = {
-    "unit": ("tests/unit",),
-    "arch": ("tests/arch",),
-    "guards": (GUARDS,),
-    "moments": (MOMENTS,),
-    "e2e": ("tests/e2e", "-m", "not alone"),
-    "alone": ("tests/e2e", "-m", "alone"),
-    "edges": ("tests/edges",),
-    "chaos": ("tests/chaos", f"--ignore={MOMENTS}", f"--ignore={GUARDS}"),
-    "bench-smoke": ("tests/bench",),
-}
-GROUPS = ("lint", *FOLDERS)
+#: All others, with the lots that each is dealt in. Their lots take turns, so that what computes runs beside what waits
+#: for processes to come back; what takes longest begins.
+DEALT = {"moments": 1, "guards": 1, "e2e": 6, "unit": 6, "edges": 2, "arch": 1}
 
-#: The group that runs beside those in front of it: for most of its time it waits for processes to come back. What
-#: follows it measures time, and has the machine for itself.
-BESIDE = "moments"
+GROUPS = ("lint", *DEALT, *BY_ITSELF)
 
-#: Groups whose files are dealt to several processes. What measures time is marked `alone`, and is.
-SIDE_BY_SIDE = {"unit": 2, "e2e": 2, "edges": 2}
+#: Lots at once: for about half of its time each waits, on two cores.
+HANDS = 3
+
+#: What every process of a tree loads. Where PYTHONDONTWRITEBYTECODE is set, each would compile it: a tree costs 2.2 s
+#: of CPU then instead of 1.5 s, and there are some five hundred.
+COMPILED = ("supervisor", "gateway", "taskkit", "deploy", "tests")
 
 LINTERS = (("ruff", "check", "."), ("ruff", "format", "--check", "."), ("mypy",))
-
-#: What pytest leaves with when nothing was selected: right with `-k`, wrong without.
-NO_TESTS_COLLECTED = 5
 
 _PACKAGE = re.compile(
     r"(?P<name>[a-z0-9][a-z0-9+.-]+)\s*(\[(?P<group>[\w-]+)\])?\s*#\s*(?P<command>[\w-]+):\s*\S.*"
@@ -76,7 +64,12 @@ class Package:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one group came to; `late` names the tests that passed the second time only."""
+    """What one group came to.
+
+    Attributes:
+      seconds: of its lots, one after the other.
+      late: names of the tests that passed the second time only.
+    """
 
     group: str
     passed: int
@@ -87,9 +80,6 @@ class Outcome:
 
 #: Failures in all groups that get a second chance. More of them are no accident.
 DOUBTFUL = 20
-
-#: Seconds for one group. The longest takes 450 on two cores; a thread that does not end keeps pytest for ever.
-GROUP_SECONDS = 900.0
 
 
 def read_packages(text: str) -> list[Package]:
@@ -157,22 +147,16 @@ def provide_packages(packages: Sequence[Package]) -> bool:
     return False
 
 
-def run(command: Sequence[str]) -> int:
-    """Run a command visibly; return its exit code. An interrupt reaches it, and is waited for.
+def compile_sources() -> None:
+    """Write the byte code of all modules but those of tests, which are loaded once."""
+    for package in COMPILED:
+        compileall.compile_dir(ROOT / package, quiet=1, rx=re.compile(r"/test_\w+\.py$"))
 
-    One that takes longer than GROUP_SECONDS hangs: it is killed, and has failed.
-    """
+
+def run(command: Sequence[str]) -> int:
+    """Run a command visibly; return its exit code."""
     print("$", " ".join(command), flush=True)
-    with subprocess.Popen(command, cwd=ROOT) as process:
-        try:
-            return process.wait(GROUP_SECONDS)
-        except subprocess.TimeoutExpired:
-            print(f"not done within {GROUP_SECONDS:.0f} s; killed", file=sys.stderr, flush=True)
-            process.kill()
-            return process.wait() or 1
-        except KeyboardInterrupt:
-            process.wait(timeout=30)
-            raise
+    return subprocess.run(command, cwd=ROOT, check=False).returncode
 
 
 def run_lint() -> Outcome:
@@ -183,131 +167,8 @@ def run_lint() -> Outcome:
     return Outcome("lint", len(codes) - failed, failed, time.monotonic() - started)
 
 
-def count(report: Path, code: int, selective: bool) -> tuple[int, int]:
-    """Return (passed, failed) of a JUnit report; a pytest that complains counts as one failure at least.
-
-    A skipped test has failed. One that fails in its call and in its teardown is one test, though pytest counts two.
-    """
-    passed, failed = len(cases(report)), len(cases(report, "failure", "error", "skipped"))
-    accepted = (0, NO_TESTS_COLLECTED) if selective else (0,)
-    return passed - failed, max(failed, code not in accepted)
-
-
-def failures(report: Path) -> set[str]:
-    """Return the names of the tests that have failed by a JUnit report."""
-    return cases(report, "failure", "error")
-
-
-def cases(report: Path, *outcomes: str) -> set[str]:
-    """Return the names of a JUnit report's tests: those with one of these outcomes, or all."""
-    if not report.exists():
-        return set()
-    return {
-        f"{case.get('classname')}::{case.get('name')}"
-        for case in ElementTree.parse(report).getroot().iter("testcase")
-        if not outcomes or any(case.find(outcome) is not None for outcome in outcomes)
-    }
-
-
-class Lot:
-    """One pytest over a group, or over some files of it, as a context manager.
-
-    Args:
-      beside: whether others run meanwhile; what it says is printed when it is waited for then.
-
-    Attributes:
-      passed, failed: how many tests, once it is finished.
-      late: names of those that passed the second time.
-    """
-
-    def __init__(
-        self,
-        group: str,
-        arguments: Sequence[str],
-        paths: Sequence[str] | None = None,
-        *,
-        beside: bool = False,
-    ) -> None:
-        self._folder = tempfile.TemporaryDirectory(prefix="bulkhead-report-")
-        self._home = Path(self._folder.name)
-        self._output = self._home / "output"
-        self._selective = bool(arguments)
-        self._beside = beside
-        self.passed = self.failed = 0
-        self.late: set[str] = set()
-        tests, *options = FOLDERS[group]
-        self._command = [sys.executable, "-m", "pytest", *([tests] if paths is None else paths), *options]
-        self._command += ["--durations=5", "--durations-min=1", "-o", f"cache_dir={self._home / 'cache'}"]
-        self._command += arguments
-        self._started = time.monotonic()
-        self._process = self._start([*self._command, f"--junitxml={self._home / 'first.xml'}"])
-
-    def _start(self, command: Sequence[str]) -> subprocess.Popen[bytes]:
-        print("$", " ".join(command), "&" if self._beside else "", flush=True)
-        if not self._beside:
-            return subprocess.Popen(command, cwd=ROOT)
-        with self._output.open("wb") as output:
-            return subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT)
-
-    def finish(self) -> None:
-        """Wait for its end.
-
-        One that takes longer than GROUP_SECONDS hangs: it is killed, and has failed.
-        """
-        code = self._wait(GROUP_SECONDS - (time.monotonic() - self._started))
-        if self._beside:
-            print(self._output.read_text(errors="replace"), flush=True)
-        self.passed, self.failed = count(self._home / "first.xml", code, self._selective)
-
-    def _wait(self, seconds: float) -> int:
-        try:
-            return self._process.wait(max(1.0, seconds))
-        except subprocess.TimeoutExpired:
-            print("not done in time; killed", file=sys.stderr, flush=True)
-            self._process.kill()
-            return self._process.wait() or 1
-
-    def repeat(self) -> None:
-        """Perform what has failed once more; nothing runs beside it now."""
-        doubtful = failures(self._home / "first.xml")
-        if not doubtful:  # pytest itself has failed
-            return
-        self._beside = False
-        report = self._home / "second.xml"
-        again = ["--last-failed", "--last-failed-no-failures=none", f"--junitxml={report}"]
-        self._process = self._start([*self._command, *again])
-        code = self._wait(GROUP_SECONDS)
-        passed, failed = count(report, code, selective=False)
-        if code == 0 and failed == 0 and passed >= len(doubtful):
-            self.late = doubtful
-        elif report.exists():
-            self.late = doubtful - failures(report) if passed + failed >= len(doubtful) else set()
-        self.passed += len(self.late)
-        self.failed -= len(self.late)
-
-    def close(self) -> None:
-        """End it if it still runs: it stops its trees then."""
-        if self._process.poll() is None:
-            self._process.send_signal(signal.SIGINT)
-            try:
-                self._process.wait(30)
-            except subprocess.TimeoutExpired:
-                self._process.kill()
-                self._process.wait()
-        self._folder.cleanup()
-
-
-def deal(folder: str, hands: int) -> list[list[str]]:
-    """Return the test files of a folder in so many lots of about the same size; long files take long."""
-    files = sorted((ROOT / folder).rglob("test_*.py"), key=lambda path: (-path.stat().st_size, path.name))
-    lots: list[list[Path]] = [[] for _ in range(hands)]
-    for file in files:
-        min(lots, key=lambda lot: sum(path.stat().st_size for path in lot)).append(file)
-    return [sorted(str(file.relative_to(ROOT)) for file in lot) for lot in lots]
-
-
 def summary(outcomes: Sequence[Outcome], without: Collection[str], seconds: float) -> str:
-    """Return the closing lines; `seconds` is how long all of it took."""
+    """Return the closing lines; `seconds` is how long all of it took, which is less than all groups together."""
     lines = [
         f"  {outcome.group:<12}{outcome.passed:>5} passed, {outcome.failed} failed in {outcome.seconds:.1f} s"
         for outcome in outcomes
@@ -336,53 +197,55 @@ def main(arguments: Sequence[str]) -> int:
     packages = read_packages(APT_FILE.read_text())
     if not provide_packages([package for package in packages if package.group not in without]):
         return 2
+    # A shell lets what it runs in the background ignore a Ctrl-C; pytest would never stop its trees then.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     started = time.monotonic()
-    with contextlib.ExitStack() as lots:
-        outcomes = run_groups([group for group in GROUPS if group not in without], for_pytest, lots)
+    compile_sources()
+    outcomes = run_groups([group for group in GROUPS if group not in without], for_pytest)
     print("\n== summary ==")
     print(summary(outcomes, without, time.monotonic() - started))
     return 1 if any(outcome.failed for outcome in outcomes) else 0
 
 
-def run_groups(groups: Sequence[str], arguments: Sequence[str], lots: contextlib.ExitStack) -> list[Outcome]:
-    """Run the groups in their order, then what has failed once more; `lots` closes what was begun."""
-
-    def begin(group: str, paths: Sequence[str] | None = None, *, beside: bool = False) -> Lot:
-        lot = Lot(group, arguments, paths, beside=beside)
-        lots.callback(lot.close)
-        return lot
-
-    background = begin(BESIDE, beside=True) if BESIDE in groups else None
-    outcomes, doubtful = [], []
-    for group in groups:
-        print(f"\n== {group} ==", flush=True)
-        begun = time.monotonic()
-        if group == "lint":
-            outcomes.append(run_lint())
-            continue
-        if group == BESIDE and background is not None:
-            mine = [background]
-        elif group in SIDE_BY_SIDE:
-            mine = [begin(group, lot, beside=True) for lot in deal(FOLDERS[group][0], SIDE_BY_SIDE[group])]
-        else:
-            mine = [begin(group)]
-        for lot in mine:
-            lot.finish()
-        doubtful.append((len(outcomes), mine))
-        outcomes.append(outcome_of(group, mine, time.monotonic() - begun))
-    if 0 < sum(outcome.failed for outcome in outcomes) <= DOUBTFUL:
-        print("\n== once more ==", flush=True)
-        for index, mine in doubtful:
-            for lot in mine:
+def run_groups(groups: Sequence[str], arguments: Sequence[str]) -> list[Outcome]:
+    """Run the groups, then what has failed once more."""
+    lint = run_lint() if "lint" in groups else None
+    mixed, single = plan(groups, arguments)
+    all_lots = [*mixed, *single]
+    try:
+        perform(mixed, HANDS)
+        perform(single, 1)
+        if 0 < sum(lot.failed for lot in all_lots) + (lint.failed if lint else 0) <= DOUBTFUL:
+            print("\n== once more ==", flush=True)
+            for lot in all_lots:
                 if lot.failed:
                     lot.repeat()
-            outcomes[index] = outcome_of(outcomes[index].group, mine, outcomes[index].seconds)
-    return outcomes
+    finally:
+        close(all_lots)
+    found = [
+        outcome_of(group, [lot for lot in all_lots if lot.group == group])
+        for group in groups
+        if group != "lint"
+    ]
+    return [lint, *found] if lint else found
 
 
-def outcome_of(group: str, lots: Sequence[Lot], seconds: float) -> Outcome:
+def plan(groups: Sequence[str], arguments: Sequence[str]) -> tuple[list[Lot], list[Lot]]:
+    """Return the lots that run side by side, with those that have the machine for themselves, in their order."""
+    dealt = []
+    for group in groups:
+        if group in DEALT:
+            folder, hands = FOLDERS[group][0], DEALT[group]
+            files = deal(folder, hands) if hands > 1 else [None]
+            dealt.append([Lot(group, arguments, paths, beside=True) for paths in files])
+    turns = [lot for turn in itertools.zip_longest(*dealt) for lot in turn if lot is not None]
+    return turns, [Lot(group, arguments) for group in groups if group in BY_ITSELF]
+
+
+def outcome_of(group: str, lots: Sequence[Lot]) -> Outcome:
     """Return what the lots of a group came to together."""
     late = tuple(sorted(name for lot in lots for name in lot.late))
+    seconds = sum(lot.seconds for lot in lots)
     return Outcome(group, sum(lot.passed for lot in lots), sum(lot.failed for lot in lots), seconds, late)
 
 
