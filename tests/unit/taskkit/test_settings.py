@@ -186,6 +186,7 @@ def test_dump_and_load_are_inverse(settings: Settings) -> None:
         st.recursive(
             st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
             lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+            max_leaves=10,  # per field, and there are a dozen
         ),
     )
 )

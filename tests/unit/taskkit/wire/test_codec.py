@@ -10,7 +10,7 @@ from typing import Any
 import msgpack
 import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from taskkit.errors import LocalWireError, RemoteWireError, UnexpectedMessage
@@ -34,6 +34,9 @@ UNIONS = {
     for name, value in vars(messages).items()
     if isinstance(value, types.UnionType)
 }
+
+#: There are a hundred kinds of messages and links: 3,000 examples together, and half a second for each hundred.
+few = settings(max_examples=30)
 
 texts = st.text(st.characters(codec="utf-8"), max_size=20)
 integers = st.integers(-(2**63), 2**64 - 1)
@@ -80,6 +83,7 @@ def instances_of(cls: type[msgspec.Struct]) -> st.SearchStrategy[Any]:
 
 @pytest.mark.parametrize("cls", MESSAGES, ids=lambda cls: cls.__name__)
 def test_every_message_comes_back_as_it_was(cls: type[Message]) -> None:
+    @few
     @given(instances_of(cls))
     def check(message: Message) -> None:
         assert codec.unpack(codec.pack(message), cls) == message
