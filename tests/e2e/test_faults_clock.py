@@ -19,8 +19,6 @@ import pytest
 
 from tests.helpers import ROOT, SseEvent, Tree, eventually
 
-pytestmark = pytest.mark.alone
-
 #: Seconds of a jump.
 HOUR = 3600.0
 
@@ -99,6 +97,7 @@ def created(tree: Tree, run: str) -> float:
     return datetime.datetime.fromisoformat(tree.snapshot(run)["created_at"]).timestamp()
 
 
+@pytest.mark.alone
 def test_jumps_change_nothing(tree: Tree, clock: Clock) -> None:
     """Forth and back by an hour while one run speaks, one has a deadline, one waits for a runner."""
     processes = [tree.child(name).pid for name in ("gateway", "courier", "zygote")]

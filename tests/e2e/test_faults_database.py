@@ -23,8 +23,6 @@ import pytest
 from tests.faults import Postgres
 from tests.helpers import ROOT, TERMINAL, SseEvent, Tree, eventually, migrated_database
 
-pytestmark = pytest.mark.alone
-
 #: Seconds before, and without, the database. The acceptance line asks for 10; a folder that is moved is another kind
 #: of absence, and less of it shows the same.
 BEFORE, AWAY, MOVED = 4.0, 10.0, 4.0
@@ -251,6 +249,7 @@ def submit_again(client: httpx.Client, run: str, body: dict[str, Any]) -> None:
         assert eventually(accepted, CATCH_UP, f"the row of {run}").json()["id"] == run
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize(("place", "seconds"), PLACES, ids=[place.__name__ for place, _ in PLACES])
 def test_the_database_is_away(
     place: Callable[[Path], AbstractContextManager[Place]],

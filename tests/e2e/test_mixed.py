@@ -52,7 +52,8 @@ def venv(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("first", ["ours", "theirs"])
 @pytest.mark.parametrize("foreign", FOREIGN)
 def test_a_mixed_environment_is_refused(foreign: str, first: str, wheel: Path, venv: Path) -> None:
-    ours, theirs = ("install", "--no-deps", wheel), ("install", "--no-deps", foreign)
+    install = ("install", "--no-deps", "--no-compile")
+    ours, theirs = (*install, wheel), (*install, foreign)
     for arguments in (ours, theirs) if first == "ours" else (theirs, ours):
         pip(venv, *arguments)
     refused = run(venv / "bin" / "bulkhead", "--help", cwd=venv)
@@ -62,5 +63,5 @@ def test_a_mixed_environment_is_refused(foreign: str, first: str, wheel: Path, v
     assert "Traceback" not in refused.stderr
 
     pip(venv, "uninstall", "-y", foreign)  # the remedy, as it was printed
-    pip(venv, "install", "--force-reinstall", "--no-deps", wheel)
+    pip(venv, *install, "--force-reinstall", wheel)
     assert run(venv / "bin" / "bulkhead", "--help", cwd=venv).returncode == 0

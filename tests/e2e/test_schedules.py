@@ -198,7 +198,6 @@ def test_schedules_survive_a_restart_and_make_up_for_it(tmp_state_dir: Path) -> 
 # --- the wall clock
 
 
-@pytest.mark.alone
 def test_each_slot_once_through_both_changes_of_the_clock(tmp_path: Path, tmp_state_dir: Path) -> None:
     """Berlin, 2027: on 28 March no 02:30, on 31 October two of them. What a clock shows makes them due, once."""
     clock = Clock(tmp_path)
@@ -233,7 +232,6 @@ def test_each_slot_once_through_both_changes_of_the_clock(tmp_path: Path, tmp_st
 SECONDLY, KEPT_FOR = 8, 9.0
 
 
-@pytest.mark.alone
 def test_two_trees_on_one_postgresql_keep_each_slot_once(tmp_path: Path) -> None:
     """One tree's courier is killed with a slot written and not committed, another time with it committed; then the
     whole tree."""

@@ -14,8 +14,6 @@ import pytest
 
 from tests.helpers import SseEvent, Tree
 
-pytestmark = pytest.mark.alone
-
 #: Seconds for response headers of a run that says nothing (acceptance line).
 HEADERS_WITHIN = 0.2
 
@@ -127,6 +125,7 @@ def test_reconnecting_at_the_end_is_204(tree: Tree) -> None:
             assert response.read() == b""
 
 
+@pytest.mark.alone
 def test_headers_of_a_silent_run_come_at_once(tree: Tree, capsys: pytest.CaptureFixture[str]) -> None:
     run = tree.submit("demo.quiet", seconds=1.0)["id"]
     with tree.stream(run) as response:
@@ -288,6 +287,7 @@ def test_json_comes_in_pages(tree: Tree) -> None:
     assert found == [str(n) for n in range(1, 11)]
 
 
+@pytest.mark.alone
 def test_a_json_page_can_wait_for_what_comes(tree: Tree) -> None:
     run = tree.submit("demo.count", n=1, delay=0.5)["id"]
     with tree.stream(run) as watcher:

@@ -15,8 +15,6 @@ import pytest
 
 from tests.helpers import SseEvent, Tree, eventually
 
-pytestmark = pytest.mark.alone
-
 
 @pytest.fixture(scope="module")
 def tree() -> Iterator[Tree]:
@@ -92,6 +90,7 @@ def test_a_stopped_gateway_is_replaced(tree: Tree) -> None:
     assert_whole(follower.finish(40), 300)
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("victim", ["zygote", "courier"])
 def test_streams_do_not_notice_the_death_of(tree: Tree, victim: str) -> None:
     run = tree.submit("demo.count", n=60, delay=0.05)["id"]
@@ -110,6 +109,7 @@ def test_streams_do_not_notice_the_death_of(tree: Tree, victim: str) -> None:
     eventually(lambda: tree.child(victim).state == "RUNNING", 10, f"another {victim}")
 
 
+@pytest.mark.alone
 def test_submissions_work_within_two_seconds_of_all_three_deaths(tree: Tree) -> None:
     for victim in ("zygote", "courier", "gateway"):
         tree.kill(victim)
