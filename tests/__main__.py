@@ -22,11 +22,13 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import IO
 
-from tests.lots import FOLDERS, ROOT, Lot, close, deal, perform
+from tests.lots import FOLDERS, ROOT, Lot, Work, close, deal, perform
 
 APT_FILE = ROOT / "tests" / "apt.txt"
 
@@ -153,18 +155,46 @@ def compile_sources() -> None:
         compileall.compile_dir(ROOT / package, quiet=1, rx=re.compile(r"/test_\w+\.py$"))
 
 
-def run(command: Sequence[str]) -> int:
-    """Run a command visibly; return its exit code."""
-    print("$", " ".join(command), flush=True)
-    return subprocess.run(command, cwd=ROOT, check=False).returncode
+class Lint:
+    """The linters, at once; they go beside the lots of tests as one of them."""
 
+    group = "lint"
 
-def run_lint() -> Outcome:
-    """Run the linters, all of them even if one complains."""
-    started = time.monotonic()
-    codes = [run([sys.executable, "-m", *linter]) for linter in LINTERS]
-    failed = sum(code != 0 for code in codes)
-    return Outcome("lint", len(codes) - failed, failed, time.monotonic() - started)
+    def __init__(self) -> None:
+        self.passed = self.failed = 0
+        self.late: set[str] = set()
+        self.seconds = 0.0
+        self._running: list[tuple[subprocess.Popen[bytes], IO[bytes]]] = []
+
+    def start(self) -> None:
+        """Start them."""
+        self._began = time.monotonic()
+        for linter in LINTERS:
+            command, said = [sys.executable, "-m", *linter], tempfile.TemporaryFile()
+            print("$", " ".join(command), "&", flush=True)
+            process = subprocess.Popen(command, cwd=ROOT, stdout=said, stderr=subprocess.STDOUT)
+            self._running.append((process, said))
+
+    def has_ended(self) -> bool:
+        """Whether all have."""
+        return all(process.poll() is not None for process, _ in self._running)
+
+    def finish(self) -> None:
+        """Wait for their end, count, and print what they have said."""
+        print("\n== lint ==", flush=True)
+        for process, said in self._running:
+            self.failed += process.wait() != 0
+            said.seek(0)
+            print(said.read().decode(errors="replace"), end="", flush=True)
+        self.passed = len(self._running) - self.failed
+        self.seconds = time.monotonic() - self._began
+
+    def close(self) -> None:
+        """End what still runs."""
+        for process, said in self._running:
+            process.kill()
+            process.wait()
+            said.close()
 
 
 def summary(outcomes: Sequence[Outcome], without: Collection[str], seconds: float) -> str:
@@ -209,25 +239,23 @@ def main(arguments: Sequence[str]) -> int:
 
 def run_groups(groups: Sequence[str], arguments: Sequence[str]) -> list[Outcome]:
     """Run the groups, then what has failed once more."""
-    lint = run_lint() if "lint" in groups else None
+    lint = [Lint()] if "lint" in groups else []
     mixed, single = plan(groups, arguments)
-    all_lots = [*mixed, *single]
+    lots = [*mixed, *single]
+    everything: list[Work] = [*lint, *lots]
     try:
-        perform(mixed, HANDS)
+        perform([*mixed[:1], *lint, *mixed[1:]], HANDS)
         perform(single, 1)
-        if 0 < sum(lot.failed for lot in all_lots) + (lint.failed if lint else 0) <= DOUBTFUL:
+        if 0 < sum(lot.failed for lot in lots) <= DOUBTFUL:
             print("\n== once more ==", flush=True)
-            for lot in all_lots:
+            for lot in lots:
                 if lot.failed:
                     lot.repeat()
     finally:
-        close(all_lots)
-    found = [
-        outcome_of(group, [lot for lot in all_lots if lot.group == group])
-        for group in groups
-        if group != "lint"
-    ]
-    return [lint, *found] if lint else found
+        for linters in lint:
+            linters.close()
+        close(lots)
+    return [outcome_of(group, [lot for lot in everything if lot.group == group]) for group in groups]
 
 
 def plan(groups: Sequence[str], arguments: Sequence[str]) -> tuple[list[Lot], list[Lot]]:
@@ -242,7 +270,7 @@ def plan(groups: Sequence[str], arguments: Sequence[str]) -> tuple[list[Lot], li
     return turns, [Lot(group, arguments) for group in groups if group in BY_ITSELF]
 
 
-def outcome_of(group: str, lots: Sequence[Lot]) -> Outcome:
+def outcome_of(group: str, lots: Sequence[Work]) -> Outcome:
     """Return what the lots of a group came to together."""
     late = tuple(sorted(name for lot in lots for name in lot.late))
     seconds = sum(lot.seconds for lot in lots)

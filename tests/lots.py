@@ -10,6 +10,7 @@ import time
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Protocol
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -37,6 +38,20 @@ LOT_SECONDS = 900.0
 
 #: Seconds between two looks at who has ended.
 LOOK = 0.05
+
+
+class Work(Protocol):
+    """What can be performed beside others."""
+
+    group: str
+    passed: int
+    failed: int
+    late: set[str]
+    seconds: float
+
+    def start(self) -> None: ...
+    def has_ended(self) -> bool: ...
+    def finish(self) -> None: ...
 
 
 class Lot:
@@ -150,9 +165,9 @@ class Lot:
         self._folder.cleanup()
 
 
-def perform(lots: Sequence[Lot], hands: int) -> None:
+def perform(lots: Sequence[Work], hands: int) -> None:
     """Run lots in their order, so many at once."""
-    waiting, running = list(lots), list[Lot]()
+    waiting, running = list(lots), list[Work]()
     while waiting or running:
         while waiting and len(running) < hands:
             running.append(waiting.pop(0))

@@ -45,6 +45,12 @@ def test_it(cleaned): time.sleep(60)
 """
 
 
+@pytest.fixture(autouse=True)
+def _plain(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have a pytest within these tests load no plugin: that is most of what it takes."""
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
+
+
 def write(folder: Path, text: str, name: str = "test_it.py") -> str:
     """Write a file of tests; return its path."""
     (folder / name).write_text(text)
@@ -130,7 +136,7 @@ def test_every_file_is_dealt_to_somebody_once(folder: str) -> None:
 def test_lots_that_are_closed_clean_up_and_are_gone(tmp_path: Path) -> None:
     lot = Lot("unit", [], [write(tmp_path, WAITS.format(folder=str(tmp_path)))], beside=True)
     lot.start()
-    eventually((tmp_path / "begun").exists, 30, "the test")
+    eventually((tmp_path / "begun").exists, 60, "the test")
     lots.close([lot], patience=0.0)
     assert (tmp_path / "cleaned").exists()
     assert lot.has_ended()
@@ -160,10 +166,14 @@ def test_an_interrupt_ends_all_lots(tmp_path: Path) -> None:
         )
     finally:
         signal.signal(signal.SIGINT, before)
-    for name in ("one", "two"):
-        eventually((tmp_path / name / "begun").exists, 30, "the tests")
-    process.send_signal(signal.SIGINT)
-    assert process.wait(30) != 0
+    try:
+        for name in ("one", "two"):
+            eventually((tmp_path / name / "begun").exists, 60, "the tests")
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) != 0
+    finally:
+        process.kill()
+        process.wait()
     assert all((tmp_path / name / "cleaned").exists() for name in ("one", "two"))
     assert not list(tmp_path.glob("bulkhead-report-*"))
 
