@@ -26,23 +26,35 @@ import tempfile
 import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import IO
+from typing import IO, NamedTuple
 
 from tests.lots import FOLDERS, ROOT, Lot, Work, close, deal, perform
 
 APT_FILE = ROOT / "tests" / "apt.txt"
 
-#: Groups that measure time, or judge how long something takes: each has the machine for itself, in this order.
-BY_ITSELF = ("alone", "chaos", "bench-smoke")
 
-#: All others, with the lots that each is dealt in. Their lots take turns, so that what computes runs beside what waits
-#: for processes to come back; what takes longest begins.
-DEALT = {"moments": 1, "guards": 1, "e2e": 6, "unit": 6, "edges": 2, "arch": 1}
+class Phase(NamedTuple):
+    """Groups whose lots are performed side by side.
 
-GROUPS = ("lint", *DEALT, *BY_ITSELF)
+    Attributes:
+      hands: how many lots at once.
+      dealt: the lots of each group. They take turns, so that what computes runs beside what waits for processes to
+        come back; what takes longest begins.
+    """
 
-#: Lots at once: for about half of its time each waits, on two cores.
-HANDS = 3
+    hands: int
+    dealt: dict[str, int]
+
+
+#: One after the other. For about half of its time a lot waits, so three keep two cores busy; those that kill whatever
+#: lives in a tree for minutes have one neighbour, and what measures time has none.
+PHASES = (
+    Phase(3, {"moments": 1, "e2e": 6, "unit": 6, "edges": 2, "bench-smoke": 1, "arch": 1}),
+    Phase(2, {"guards": 1, "chaos": 1}),
+    Phase(1, {"alone": 1}),
+)
+
+GROUPS = ("lint", *(group for phase in PHASES for group in phase.dealt))
 
 #: What every process of a tree loads. Where PYTHONDONTWRITEBYTECODE is set, each would compile it: a tree costs 2.2 s
 #: of CPU then instead of 1.5 s, and there are some five hundred.
@@ -69,7 +81,7 @@ class Outcome:
     """What one group came to.
 
     Attributes:
-      seconds: of its lots, one after the other.
+      seconds: of its lots, together.
       late: names of the tests that passed the second time only.
     """
 
@@ -240,12 +252,13 @@ def main(arguments: Sequence[str]) -> int:
 def run_groups(groups: Sequence[str], arguments: Sequence[str]) -> list[Outcome]:
     """Run the groups, then what has failed once more."""
     lint = [Lint()] if "lint" in groups else []
-    mixed, single = plan(groups, arguments)
-    lots = [*mixed, *single]
+    phases = [plan(phase, groups, arguments) for phase in PHASES]
+    lots = [lot for dealt in phases for lot in dealt]
     everything: list[Work] = [*lint, *lots]
     try:
-        perform([*mixed[:1], *lint, *mixed[1:]], HANDS)
-        perform(single, 1)
+        perform([*phases[0][:1], *lint, *phases[0][1:]], PHASES[0].hands)
+        for phase, dealt in zip(PHASES[1:], phases[1:], strict=True):
+            perform(dealt, phase.hands)
         if 0 < sum(lot.failed for lot in lots) <= DOUBTFUL:
             print("\n== once more ==", flush=True)
             for lot in lots:
@@ -258,16 +271,14 @@ def run_groups(groups: Sequence[str], arguments: Sequence[str]) -> list[Outcome]
     return [outcome_of(group, [lot for lot in everything if lot.group == group]) for group in groups]
 
 
-def plan(groups: Sequence[str], arguments: Sequence[str]) -> tuple[list[Lot], list[Lot]]:
-    """Return the lots that run side by side, with those that have the machine for themselves, in their order."""
+def plan(phase: Phase, groups: Collection[str], arguments: Sequence[str]) -> list[Lot]:
+    """Return the lots of a phase in their order."""
     dealt = []
-    for group in groups:
-        if group in DEALT:
-            folder, hands = FOLDERS[group][0], DEALT[group]
-            files = deal(folder, hands) if hands > 1 else [None]
-            dealt.append([Lot(group, arguments, paths, beside=True) for paths in files])
-    turns = [lot for turn in itertools.zip_longest(*dealt) for lot in turn if lot is not None]
-    return turns, [Lot(group, arguments) for group in groups if group in BY_ITSELF]
+    for group, count in phase.dealt.items():
+        if group in groups:
+            files = deal(FOLDERS[group][0], count) if count > 1 else [None]
+            dealt.append([Lot(group, arguments, paths, beside=phase.hands > 1) for paths in files])
+    return [lot for turn in itertools.zip_longest(*dealt) for lot in turn if lot is not None]
 
 
 def outcome_of(group: str, lots: Sequence[Work]) -> Outcome:

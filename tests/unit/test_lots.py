@@ -115,13 +115,14 @@ def test_no_more_run_than_there_are_hands(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_every_group_has_its_lots_and_what_measures_time_comes_last() -> None:
-    mixed, single = command.plan([group for group in command.GROUPS if group != "lint"], [])
+    phases = [command.plan(phase, command.GROUPS, []) for phase in command.PHASES]
     try:
-        assert [lot.group for lot in single] == ["alone", "chaos", "bench-smoke"]
-        assert {lot.group for lot in mixed} == lots.FOLDERS.keys() - set(command.BY_ITSELF)
-        assert [lot.group for lot in mixed[:3]] == ["moments", "guards", "e2e"]
+        assert {lot.group for phase in phases for lot in phase} == lots.FOLDERS.keys()
+        assert [lot.group for lot in phases[0][:3]] == ["moments", "e2e", "unit"]
+        assert [lot.group for lot in phases[-1]] == ["alone"]
+        assert command.PHASES[-1].hands == 1
     finally:
-        lots.close([*mixed, *single])
+        lots.close([lot for phase in phases for lot in phase])
 
 
 @pytest.mark.parametrize("folder", ["tests/e2e", "tests/unit"])
@@ -151,8 +152,8 @@ def test_an_interrupt_ends_all_lots(tmp_path: Path) -> None:
     program = (
         "import sys; from tests import __main__ as command; from tests.lots import Lot\n"
         "command.compile_sources = lambda: None; command.read_packages = lambda text: []\n"
-        "command.plan = lambda groups, arguments:"
-        " ([Lot('unit', [], [folder], beside=True) for folder in sys.argv[1:]], [])\n"
+        "command.plan = lambda phase, groups, arguments:"
+        " [Lot('unit', [], [folder], beside=True) for folder in sys.argv[1:] if phase.hands == 3]\n"
         "sys.exit(command.main(['--without=lint']))"
     )
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
