@@ -5,13 +5,16 @@ BULKHEAD_PICTURES=1 makes the README's pictures anew.
 
 from __future__ import annotations
 
+import datetime
 import json
 import os
 import re
 import shutil
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import closing
 
 import pytest
 from playwright.sync_api import Browser, BrowserContext, Locator, Page, expect
@@ -157,9 +160,6 @@ def run_page(page: Page, site: str, tree: Tree, run: str) -> None:
 
 
 def _status_of(tree: Tree, run: str) -> str:
-    import sqlite3
-    from contextlib import closing
-
     with closing(sqlite3.connect(f"file:{tree.database}?mode=ro", uri=True, timeout=5)) as connection:
         (row,) = connection.execute(
             "SELECT status FROM taskkit_run WHERE id = ?", [run.replace("-", "")]
@@ -336,3 +336,70 @@ def test_who_may_only_look_sees_it_live_and_has_no_button(page: Page, site: str,
     run_page(page, site, tree, run)
     says(page, "SUCCESSFUL")
     assert page.locator(".object-tools button").count() == 0
+
+
+# -- schedules in the admin
+
+
+def test_schedules_are_switched_and_their_runs_are_a_click_away(page: Page, site: str, tree: Tree) -> None:
+    for body in (
+        {"task": "proj.add", "kwargs": {"a": 1, "b": 2}, "every": 86_400, "name": "daily"},
+        {
+            "task": "proj.count",
+            "kwargs": {"n": 3},
+            "cron": "30 3 * * MON-FRI",
+            "tz": "Europe/Berlin",
+            "name": "books",
+        },
+        {"task": "proj.echo", "kwargs": {"value": "now"}, "at": in_a_moment(), "name": "once"},
+    ):
+        answer = tree.http.post("/api/v1/schedules", json=body)
+        assert answer.status_code == 201, answer.text
+    log_in(page, site)
+    page.goto(f"{site}/admin/taskkit/schedule/?q=proj")
+    expect(page.locator("#result_list")).to_contain_text("30 3 * * MON-FRI Europe/Berlin")
+    row = page.locator("#result_list tr", has_text="daily")
+    row.locator("input[type=checkbox]").check()
+    page.select_option("select[name=action]", "disable_schedules")
+    page.click("button[name=index]")
+    expect(page.locator(".messagelist")).to_contain_text("1 disabled.")
+    expect(row.locator(".field-enabled img")).to_have_attribute("alt", "False")
+    expect(row.locator(".field-next")).to_have_text("-")
+    picture(page, "schedules.png")
+    row.locator("th a").click()
+    page.check("#id_enabled")
+    page.click("[name=_continue]")
+    expect(page.locator(".field-next .readonly")).not_to_have_text("-")
+
+    eventually(lambda: runs_of(tree, "proj.echo"), 10, "the run of a moment")
+    page.goto(f"{site}/admin/taskkit/schedule/?q=once")
+    page.locator("#result_list tbody th a").click()
+    page.locator(".field-newest_slots a").click()
+    says(page, "SUCCESSFUL")
+    expect(page.locator("[data-part=result]")).to_have_text("now")
+
+
+def test_a_schedule_that_is_not_in_the_code_can_be_deleted(page: Page, site: str, tree: Tree) -> None:
+    body = {"task": "proj.add", "kwargs": {"a": 1, "b": 2}, "every": 3_600, "name": "gone"}
+    assert tree.http.post("/api/v1/schedules", json=body).status_code == 201
+    log_in(page, site)
+    page.goto(f"{site}/admin/taskkit/schedule/?q=gone")
+    page.locator("#result_list tbody th a").click()
+    page.locator(".deletelink").click()
+    page.click("[type=submit]")
+    expect(page.locator(".messagelist")).to_contain_text("was deleted successfully")
+    assert all(one["name"] != "gone" for one in tree.http.get("/api/v1/schedules").json()["schedules"])
+
+
+def in_a_moment() -> str:
+    """Return a time that is about to come."""
+    return (datetime.datetime.now(datetime.UTC) + datetime.timedelta(seconds=1)).isoformat()
+
+
+def runs_of(tree: Tree, task: str) -> list[str]:
+    """Return the runs of a task that have succeeded, as far as Django knows."""
+    with closing(sqlite3.connect(f"file:{tree.database}?mode=ro", uri=True, timeout=5)) as connection:
+        asked = (
+            "SELECT id FROM taskkit_run WHERE task = ? AND status = 'SUCCESSFUL' AND tags LIKE '%schedule:%'"
+        )
+        return [str(id) for (id,) in connection.execute(asked, [task])]
