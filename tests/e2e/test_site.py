@@ -365,13 +365,14 @@ def test_schedules_are_switched_and_their_runs_are_a_click_away(page: Page, site
     expect(page.locator(".messagelist")).to_contain_text("1 disabled.")
     expect(row.locator(".field-enabled img")).to_have_attribute("alt", "False")
     expect(row.locator(".field-next")).to_have_text("-")
+    page.set_viewport_size({"width": 1500, "height": 620})
     picture(page, "schedules.png")
     row.locator("th a").click()
     page.check("#id_enabled")
     page.click("[name=_continue]")
     expect(page.locator(".field-next .readonly")).not_to_have_text("-")
 
-    eventually(lambda: runs_of(tree, "proj.echo"), 10, "the run of a moment")
+    eventually(lambda: runs_of(tree, "proj.echo"), 30, "the run of a moment")
     page.goto(f"{site}/admin/taskkit/schedule/?q=once")
     page.locator("#result_list tbody th a").click()
     page.locator(".field-newest_slots a").click()
@@ -386,14 +387,14 @@ def test_a_schedule_that_is_not_in_the_code_can_be_deleted(page: Page, site: str
     page.goto(f"{site}/admin/taskkit/schedule/?q=gone")
     page.locator("#result_list tbody th a").click()
     page.locator(".deletelink").click()
-    page.click("[type=submit]")
+    page.click("#content [type=submit]")
     expect(page.locator(".messagelist")).to_contain_text("was deleted successfully")
     assert all(one["name"] != "gone" for one in tree.http.get("/api/v1/schedules").json()["schedules"])
 
 
 def in_a_moment() -> str:
     """Return a time that is about to come."""
-    return (datetime.datetime.now(datetime.UTC) + datetime.timedelta(seconds=1)).isoformat()
+    return (datetime.datetime.now(datetime.UTC) + datetime.timedelta(seconds=5)).isoformat()
 
 
 def runs_of(tree: Tree, task: str) -> list[str]:
