@@ -29,6 +29,11 @@ _MODULE: Final = "bulkhead_live_settings"
 _READY: Final = 30.0
 _LEAVE: Final = 20.0
 
+#: What to do instead where nothing is ever committed.
+_NOT_HERE: Final = (
+    "take TransactionTestCase (pytest: django_db(transaction=True)), or perform_submitted() in place of a tree"
+)
+
 #: Seconds between two looks of `wait_for_run`.
 _LOOK: Final = 0.02
 
@@ -63,7 +68,8 @@ def live_tree(*, runners: int = 2, environment: Mapping[str, str] | None = None)
     changed in the test's process (patches, overridden settings) is not changed there.
 
     Raises:
-      ImproperlyConfigured: a database is in memory, where no other process can see it.
+      ImproperlyConfigured: a database is in memory, where no other process can see it, or the test is within a
+        transaction, as every TestCase is.
       RuntimeError: the tree was not ready in time; the message has the end of its log.
     """
     with tempfile.TemporaryDirectory(prefix="bh-live-", dir="/tmp") as folder:
@@ -91,7 +97,10 @@ def wait_for_run(run: outbox.RunHandle | Run | str, timeout: float = 10.0) -> Ru
             return found
         if time.monotonic() > deadline:
             how = "is not in the database: was it rolled back?" if found is None else f"is {found.status}"
-            raise AssertionError(f"run {id} {how} after {timeout:g} s; does a tree run with these settings?")
+            why = "does a tree run with these settings?"
+            if connections[using].in_atomic_block:
+                why = f"no tree can see it within this test's transaction: {_NOT_HERE}"
+            raise AssertionError(f"run {id} {how} after {timeout:g} s; {why}")
         time.sleep(_LOOK)
 
 
@@ -99,6 +108,10 @@ def _settings() -> str:
     """Return the source of the tree's settings."""
     names = {alias: str(connections[alias].settings_dict["NAME"]) for alias in connections}
     for alias, name in names.items():
+        if connections[alias].in_atomic_block:
+            raise ImproperlyConfigured(
+                f"this test is within a transaction of {alias!r}, which a live tree cannot see: {_NOT_HERE}"
+            )
         if connections[alias].vendor == "sqlite" and (name == ":memory:" or "mode=memory" in name):
             raise ImproperlyConfigured(
                 f"the test database {alias!r} is in memory, where a live tree cannot see it: give "
