@@ -167,7 +167,7 @@ class OrdersAdmin(_ModelAdmin):
             else:
                 made = asking.release(run, subject=subject)
         except GatewayError as error:
-            self.message_user(request, f"{run.task} {run.pk}: {error}", messages.ERROR)
+            self.message_user(request, f"{capfirst(_('run'))} {run.pk}, {run.task}: {error}", messages.ERROR)
             return bool(error.problem) or order.name == "release"
         except SettingsError as error:
             self.message_user(request, str(error), messages.ERROR)
@@ -175,7 +175,10 @@ class OrdersAdmin(_ModelAdmin):
         self.log_change(request, run, f"{capfirst(order.name)} {made}".strip())
         link = format_html(' <a href="{}">{}</a>', self._page_of(made), made) if made else ""
         self.message_user(
-            request, format_html("{} {} {}{}.", run.task, run.pk, order.done, link), messages.SUCCESS
+            request,
+            # Django begins a message with a capital, which the name of a task is not to have.
+            format_html("{} {}, {}, {}{}.", capfirst(_("run")), run.pk, run.task, order.done, link),
+            messages.SUCCESS,
         )
         return True
 

@@ -7,13 +7,16 @@ become of its slots, and switch it on or off.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from datetime import datetime
 from typing import TYPE_CHECKING, Any, Final
 
+from django.conf import settings
 from django.contrib import admin, messages
-from django.contrib.admin.utils import flatten_fieldsets, quote
+from django.contrib.admin.utils import display_for_value, flatten_fieldsets, quote
 from django.db.models import Model, QuerySet
 from django.http import HttpRequest
 from django.urls import NoReverseMatch, reverse
+from django.utils import timezone
 from django.utils.html import format_html, format_html_join
 from django.utils.translation import gettext_lazy as _
 
@@ -73,15 +76,15 @@ class ScheduleAdmin(_ModelAdmin):
         """Show when it is due."""
         return schedule.when
 
-    @admin.display(description=_("next slot"), ordering="next_slot", empty_value="-")
+    @admin.display(description=_("next slot"), ordering="next_slot")
     def next(self, schedule: Schedule) -> Any:
         """Show the slot that is waited for."""
-        return schedule.next_at
+        return _told(schedule.next_at)
 
-    @admin.display(description=_("last slot"), ordering="last_slot", empty_value="-")
+    @admin.display(description=_("last slot"), ordering="last_slot")
     def last(self, schedule: Schedule) -> Any:
         """Show the newest slot that was due."""
-        return schedule.last_at
+        return _told(schedule.last_at)
 
     @admin.display(description=_("newest slots"))
     def newest_slots(self, schedule: Schedule) -> str:
@@ -152,3 +155,10 @@ class ScheduleAdmin(_ModelAdmin):
             schedules.remove(row.pk, using=row._state.db or schedules.home())
         except schedules.InTheCode as error:
             self.message_user(request, f"{row.name}: {error}", messages.ERROR)
+
+
+def _told(at: datetime | None) -> str:
+    """Return a time as the admin shows those of fields: in the project's time zone and the reader's language."""
+    if at is not None and not settings.USE_TZ:
+        at = timezone.make_naive(at)
+    return str(display_for_value(at, "-"))

@@ -13,6 +13,7 @@ taskkit.W001  a path in TASKKIT is relative
 taskkit.W002  a queue of TASKS has no pool of its name (taskkit.backend)
 taskkit.W003  browsers have no URL of the gateway: URL is not set, and BIND or UDS is none
 taskkit.W004  the admin shows runs live by a script, but STATIC_URL is not set
+taskkit.W005  submissions go to another database than "default", so they are no part of its transactions
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from django.apps.config import AppConfig
 from django.conf import settings
 from django.core.checks import CheckMessage, Error, Warning, register
 from django.core.exceptions import ImproperlyConfigured
+from django.db import DEFAULT_DB_ALIAS, connections
 from django.utils.module_loading import autodiscover_modules, import_string
 
 from taskkit.conf import TaskkitImproperlyConfigured, read_settings
@@ -80,6 +82,21 @@ def check_admin(app_configs: Sequence[AppConfig] | None, **kwargs: Any) -> list[
         return []
     hint = "Add 'django.contrib.staticfiles' to INSTALLED_APPS, and set STATIC_URL = 'static/'."
     return [Warning("Runs cannot be shown live: STATIC_URL is not set.", hint=hint, id="taskkit.W004")]
+
+
+@register("taskkit")
+def check_home(app_configs: Sequence[AppConfig] | None, **kwargs: Any) -> list[CheckMessage]:
+    """Report routers that keep submissions apart from what most code is about."""
+    from taskkit.outbox import alias_of
+
+    home = alias_of(None)
+    if home == DEFAULT_DB_ALIAS or DEFAULT_DB_ALIAS not in connections:
+        return []
+    hint = (
+        "What is submitted in a transaction of 'default' runs even if that is rolled back. Let the routers keep the "
+        "app 'taskkit' in 'default', use transaction.on_commit(), or silence this if that is what you want."
+    )
+    return [Warning(f"The routers send submissions to the database {home!r}.", hint=hint, id="taskkit.W005")]
 
 
 @register("taskkit")

@@ -5,6 +5,7 @@ Rule: nothing is shared with a forked child. Two processes on one socket would r
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import threading
@@ -72,6 +73,7 @@ def _after_fork() -> None:
 
 
 os.register_at_fork(after_in_child=_after_fork)
+atexit.register(lambda: close_clients())  # an interpreter that is told to warn complains of what is left open
 
 
 def shared(address: Address) -> httpx.Client:

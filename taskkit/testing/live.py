@@ -17,7 +17,7 @@ from typing import Any, Final
 
 from django.conf import settings
 from django.core.exceptions import ImproperlyConfigured
-from django.db import DEFAULT_DB_ALIAS, connections
+from django.db import connections
 
 from taskkit import outbox
 from taskkit.models import Run
@@ -31,7 +31,7 @@ _LEAVE: Final = 20.0
 
 #: What to do instead where nothing is ever committed.
 _NOT_HERE: Final = (
-    "take TransactionTestCase (pytest: django_db(transaction=True)), or perform_submitted() in place of a tree"
+    "take a TransactionTestCase (pytest: django_db(transaction=True)), or perform_submitted() without a tree"
 )
 
 #: Seconds between two looks of `wait_for_run`.
@@ -88,7 +88,7 @@ def wait_for_run(run: outbox.RunHandle | Run | str, timeout: float = 10.0) -> Ru
     Raises:
       AssertionError: it has not within `timeout` seconds; the message says how far it is.
     """
-    using = run.using if isinstance(run, outbox.RunHandle) else DEFAULT_DB_ALIAS
+    using = _database_of(run) or outbox.alias_of(None)
     id = run if isinstance(run, str) else str(run.id)
     deadline = time.monotonic() + timeout
     while True:
@@ -102,6 +102,12 @@ def wait_for_run(run: outbox.RunHandle | Run | str, timeout: float = 10.0) -> Ru
                 why = f"no tree can see it within this test's transaction: {_NOT_HERE}"
             raise AssertionError(f"run {id} {how} after {timeout:g} s; {why}")
         time.sleep(_LOOK)
+
+
+def _database_of(run: outbox.RunHandle | Run | str) -> str | None:
+    if isinstance(run, outbox.RunHandle):
+        return run.using
+    return run._state.db if isinstance(run, Run) else None
 
 
 def _settings() -> str:

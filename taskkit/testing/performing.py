@@ -98,13 +98,16 @@ def perform(task: str | Callable[..., Any] | StreamTask, /, *args: Any, **kwargs
     return _perform(submission, definition)
 
 
-def perform_submitted(using: str = DEFAULT_DB_ALIAS) -> list[PerformedRun]:
+def perform_submitted(using: str | None = None) -> list[PerformedRun]:
     """Perform everything that was submitted on this database, also in the transaction that is open; oldest first.
+
+    Without `using` it is the one that submissions go to.
 
     What the tasks submit in turn is performed too. `run_after` is not waited for. The `Run` rows are afterwards what
     they would be with a tree.
     """
     done: list[PerformedRun] = []
+    using = using or outbox.alias_of(None)
     while True:
         submissions, refusals = outbox_reader.read(using, (), 1)
         projection.settle(using, refusals)

@@ -243,18 +243,32 @@ def _probe_child(write: int, migrate: bool) -> None:
 
 
 def _unapplied(migrate: bool) -> tuple[list[str], list[str]]:
-    """Return the migrations that the database lacks: ours, then the project's."""
+    """Return the migrations that are lacking: ours where submissions go, the project's in its default database."""
     from django.core.management import call_command
-    from django.db import DEFAULT_DB_ALIAS, connections
-    from django.db.migrations.executor import MigrationExecutor
+    from django.db import DEFAULT_DB_ALIAS
+
+    from taskkit.outbox import alias_of
 
     if migrate:
         call_command("migrate", verbosity=0, interactive=False)
-    executor = MigrationExecutor(connections[DEFAULT_DB_ALIAS])
+    home = alias_of(None)
+    lacking = _lacking(DEFAULT_DB_ALIAS)
+    ours = [name for name in (lacking if home == DEFAULT_DB_ALIAS else _lacking(home)) if _is_own(name)]
+    hint = "" if home == DEFAULT_DB_ALIAS else f" (--database {home})"
+    return [f"{name}{hint}" for name in ours], [name for name in lacking if not _is_own(name)]
+
+
+def _lacking(alias: str) -> list[str]:
+    from django.db import connections
+    from django.db.migrations.executor import MigrationExecutor
+
+    executor = MigrationExecutor(connections[alias])
     plan = executor.migration_plan(executor.loader.graph.leaf_nodes())
-    lacking = [migration for migration, backwards in plan if not backwards]
-    ours = [f"{m.app_label}.{m.name}" for m in lacking if m.app_label == "taskkit"]
-    return ours, [f"{m.app_label}.{m.name}" for m in lacking if m.app_label != "taskkit"]
+    return [f"{one.app_label}.{one.name}" for one, backwards in plan if not backwards]
+
+
+def _is_own(migration: str) -> bool:
+    return migration.startswith("taskkit.")
 
 
 def pools() -> dict[str, PoolSettings]:

@@ -42,7 +42,7 @@ class Command(BaseCommand):
 
     def handle(self, *args: Any, **options: Any) -> None:
         """Follow it."""
-        run = _find(options["names"], options["database"])
+        run = _find(options["names"], options["database"] or alias_of(None))
         try:
             self._wait(run)
             end = self._follow(run)

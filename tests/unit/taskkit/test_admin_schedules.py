@@ -99,3 +99,18 @@ def test_a_schedule_is_removed_with_its_slots_unless_it_is_the_codes(made: Sched
 
 def test_nobody_adds_one_here() -> None:
     assert user("root").get(f"{LIST}add/").status_code == 403
+
+
+@pytest.mark.parametrize(
+    ("use_tz", "shown"), [(True, "Nov. 28, 2026, 12:30 p.m."), (False, "Nov. 28, 2026, 12:30 p.m.")]
+)
+def test_times_are_those_of_the_project(made: Schedule, use_tz: bool, shown: str) -> None:
+    from django.test import override_settings
+
+    type(made).objects.update(next_slot=1_795_865_400, last_slot=None)
+    client = user("view_schedule")
+    with override_settings(USE_TZ=use_tz, TIME_ZONE="Europe/Berlin"):
+        for url in (LIST, page(made)):
+            told = client.get(url).content.decode()
+            assert shown in told
+            assert ">None<" not in told
