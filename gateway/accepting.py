@@ -11,6 +11,7 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final, TypeAlias
 
+from gateway.flows import UnknownRelative
 from gateway.store.protocol import StoreError
 from gateway.store.rows import KeyRow, RunRow
 from gateway.submission import Submission
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
 
 #: Seconds for which an idempotency key counts although the store may not have it: a commit takes a millisecond.
 _KEY_MEMORY: Final = 60.0
+
+#: How often a submission is decided on: a run that it names may end between the look into the store and the decision.
+_TRIES: Final = 3
 
 #: What became of a submission: its run and whether that was there before, or why there is none.
 Outcome: TypeAlias = tuple[RunRow, bool] | SubmitError
@@ -57,12 +61,15 @@ class Acceptance:
         outcomes: list[Outcome | None] = [None] * len(submissions)
         try:
             await self._look(submissions, outcomes)
-            if None in outcomes:
+            for _ in range(_TRIES):
+                if None not in outcomes:
+                    break
                 self._engine.check_store()
+                await self._look_up_relatives(submissions, outcomes)
                 decide = functools.partial(self._accept_all, submissions, outcomes)
                 outcomes = await self._engine.decide(decide)
-            if None in outcomes:  # made, and ended since the first look
-                await self._look(submissions, outcomes)
+                if None in outcomes:  # made, and ended since the first look; or a relative has
+                    await self._look(submissions, outcomes)
             gone: Exception = NotWritable(
                 "its run has ended a moment ago and was removed (RETENTION.run_age_seconds)"
             )
@@ -91,6 +98,15 @@ class Acceptance:
         for n in open:
             run = runs.get(ids[n])
             outcomes[n] = _conflict(submissions[n], used[n]) or (None if run is None else (run, True))
+
+    async def _look_up_relatives(
+        self, submissions: Sequence[Submission], outcomes: Sequence[Outcome | None]
+    ) -> None:
+        """Find the runs that have ended of those which the submissions without an outcome name."""
+        find = self._engine.book.find
+        for submission, outcome in zip(submissions, outcomes, strict=True):
+            if outcome is None and (named := [id for id in named_by(submission) if find(id) is None]):
+                submission.relatives = await self._engine.store.runs_by_id(named)
 
     async def _keys(self, submissions: Sequence[Submission]) -> dict[tuple[str, str | None], KeyRow]:
         """Return what the store knows of the submissions' keys, by subject and key."""
@@ -147,9 +163,37 @@ class Acceptance:
         if known is not None:
             return known, True
         limit = self._engine.settings.limits.queued_runs
-        if len(self._engine.book.queues) >= limit:
+        if self._engine.book.waiting >= limit:
             raise QueueFull(f"{limit} runs wait already (LIMITS.queued_runs)", retry_after=5)
+        if not self._check_relatives(submission):
+            return None, False
         return self._engine.book.accept(submission, time.time()), False
+
+    def _check_relatives(self, submission: Submission) -> bool:
+        """Return whether all is known of the runs that a submission names; if not, one has ended since the look.
+
+        Raises:
+          UnknownRelative: there is no run that it comes after.
+          InvalidArguments, QueueFull: as `Flows.check`.
+        """
+        book = self._engine.book
+        for id in named_by(submission):
+            known = submission.relatives.get(id)
+            if book.find(id) is not None or (known is not None and known.status.is_terminal):
+                continue
+            if known is not None or book.has_ended(id):
+                return False
+            if id != submission.parent or id in submission.after:
+                complaint = {"after": f"there is no run {id}"}
+                raise UnknownRelative(f"the run comes after {id}, which there is not", errors=complaint)
+        parent = None if submission.parent is None else book.find(submission.parent)
+        book.flows.check(parent, submission.after, submission.id)
+        return True
+
+
+def named_by(submission: Submission) -> list[str]:
+    """Return the ids of the runs that a submission names."""
+    return [*submission.after, *([] if submission.parent is None else [submission.parent])]
 
 
 def _conflict(submission: Submission, key: KeyRow | None) -> IdempotencyConflict | None:

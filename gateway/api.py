@@ -139,6 +139,7 @@ class Api:
             status=None if status is None else RunStatus(status),
             task=None if task is None else self._canonical(task),
             tag=queries.TAG.of(query),
+            parent=queries.PARENT.of(query),
             since=queries.SINCE.of(query),
             until=queries.UNTIL.of(query),
             before=queries.CURSOR.of(query),

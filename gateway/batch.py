@@ -110,6 +110,7 @@ class Batching:
         self._authenticator.recheck(claims)
         beside = self._submitting.limiter  # what takes a hundred milliseconds is done beside the loop
         items = await trio.to_thread.run_sync(self._read, data, claims, key, limiter=beside)
+        await self._check_relatives(items, claims)
         await self._submit_plain([item for item in items if not _needs_row(item)])
         async with watched(request.receive) as client:
             await self._submit_models([item for item in items if _needs_row(item)], client)
@@ -141,6 +142,14 @@ class Batching:
         return item
 
     # --- submitting -----------------------------------------------------------------------------------------
+
+    async def _check_relatives(self, items: Sequence[_Item], claims: Claims) -> None:
+        for item in items:
+            if item.submission is not None:
+                try:
+                    await self._submitting.check_relatives(item.submission, claims)
+                except SubmitError as error:
+                    item.submission, item.refusal = None, error
 
     async def _submit_plain(self, items: Sequence[_Item]) -> None:
         """Submit the items that need no row, in one commit."""

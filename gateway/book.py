@@ -6,7 +6,7 @@ what the store has to commit, and in `after` what may be done once it has. Nobod
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Final
 
@@ -24,6 +24,7 @@ from gateway.endings import (
     with_limit,
 )
 from gateway.expiry import Expiry
+from gateway.flows import Flows, after_of, failed_with, refusal_of
 from gateway.grants import Grants
 from gateway.inputs import Inputs
 from gateway.ordering import Ordering, is_limited
@@ -31,7 +32,7 @@ from gateway.output import Line
 from gateway.pace import PATIENCE, Paces
 from gateway.plan import Plan
 from gateway.state import After, OpenAttempt, RunnerState
-from gateway.store.rows import AttemptRow, Batch, KeyRow, Opened, RunRow
+from gateway.store.rows import AttemptRow, Batch, InputRow, KeyRow, Opened, RunRow
 from gateway.submission import Submission
 from gateway.tally import RunTally
 from gateway.throttle import Limit, Throttle
@@ -116,6 +117,7 @@ class Book:
         self._order = Ordering(settings.limits, self._plan)
         self.throttle = Throttle(opened.begun, moment, now)
         self.queues = Queues(self.throttle)
+        self.flows = Flows(self.runs, self.inputs, self._plan)
         self.expiry = Expiry()
         self.casualties = Casualties(settings.breaker, self.queues, self.runs)
         self.draining = False
@@ -126,6 +128,7 @@ class Book:
         self._by_key: dict[str, int] = {}
         self._keys: OrderedDict[tuple[str, str], KeyRow] = OrderedDict()
         self._ended: OrderedDict[str, None] = OrderedDict()
+        self._ending: deque[RunRow] = deque()  # runs whose relatives are being told
         self._load(opened, set(adopting), now)
 
     @property
@@ -149,6 +152,7 @@ class Book:
                 self.untold.add(run)
             if not run.status.is_terminal:
                 self._remember(run)
+                self.flows.add(run)
         for row in opened.attempts:
             attempt = OpenAttempt(row, self.runs[row.run])
             self.attempts[row.token] = attempt
@@ -166,7 +170,8 @@ class Book:
             self.batch.forgotten.append(runner)
 
     def _enqueue(self, run: RunRow, now: float) -> None:
-        self.queues.add(run, now)
+        if not self.flows.holds(run.no):
+            self.queues.add(run, now)
         self.expiry.add(run)
 
     def _remember(self, run: RunRow) -> None:
@@ -181,6 +186,7 @@ class Book:
         if run.row_key is not None and self._by_key.get(run.row_key) == run.no:
             del self._by_key[run.row_key]
         self.queues.remove(run.no)
+        self.flows.remove(run)
         self.expiry.remove(run.no)
         self._ended[run.id] = None
         while len(self._ended) > _REMEMBERED:
@@ -203,6 +209,11 @@ class Book:
     def has_ended(self, id: str) -> bool:
         """Whether this run has ended a moment ago: a submission that asked the store before may not know it."""
         return id in self._ended
+
+    @property
+    def waiting(self) -> int:
+        """How many runs wait: for a runner, for their time, for others."""
+        return len(self.queues) + len(self.flows)
 
     def find_row(self, row_key: str) -> RunRow | None:
         """Return the open run of a task row."""
@@ -242,13 +253,15 @@ class Book:
             created_at=now,
             replay_of=submission.replay_of,
             concurrency_key=submission.concurrency_key,
+            parent=submission.parent,
+            after=msgspec.json.encode(submission.after),
         )
         if run.replay_of is not None:
             self.casualties.released(run.replay_of)
         self._next_no += 1
         self._newest_id = max(self._newest_id, run.id)
         self._remember(run)
-        self._enqueue(run, now)
+        self.flows.add(run)
         self.untold.add(run)
         self.batch.runs.append(run)
         self.batch.full = True
@@ -257,7 +270,47 @@ class Book:
         self.tally.accepted[run.origin] += 1
         if submission.key is not None:
             self._use_key(KeyRow(submission.subject, submission.key, submission.digest, run.id, now))
+        self._join(run, submission.relatives, now)
         return run
+
+    def _join(self, run: RunRow, ended: Mapping[str, RunRow], now: float) -> None:
+        """A new run takes its place beside its relatives, of which some have `ended`."""
+        parent = None if run.parent is None else self.find(run.parent)
+        if parent is not None:
+            self.flows.born(parent, run, now)
+        for id in after_of(run):
+            if run.no in self.runs and id in ended and self.find(id) is None:
+                self._precede(run, ended[id], now)
+        if run.no not in self.runs:
+            return
+        self._enqueue(run, now)
+        above = parent or ended.get(run.parent or "")
+        if above is not None and (above.cancelling or above.status is RunStatus.CANCELLED):
+            self.cancel(run, self._settings.limits.cancel_grace_seconds, now)
+
+    def _precede(self, run: RunRow, ended: RunRow, now: float) -> None:
+        """A run that waits for another hears of its end."""
+        if ended.status is not RunStatus.SUCCESSFUL:
+            event, error = failed_with(ended)
+            self._end_run(run, event, now, error=error)
+        else:
+            self.flows.tell(run, ended, now)
+            if self.flows.heard(run, ended):
+                self._enqueue(run, now)
+
+    def refuse(self, id: str, task: str, parent: str, code: str, message: str, now: float) -> None:
+        """A submission of Django's was refused for good: whoever waits for its run hears that it failed."""
+        self.flows.refused(id)
+        known = self.find(parent)
+        if known is not None:
+            self._hear(known, self.flows.denied(known, refusal_of(id, task, code, message), now))
+
+    def _hear(self, run: RunRow, told: InputRow | None) -> None:
+        """Have an attempt that is under way hear what its run was told."""
+        attempt = self._attempt_of(run)
+        if told is not None and attempt is not None:
+            attempt.spoke = self.moment
+            self._order.hear(attempt.row, [told])
 
     def _use_key(self, key: KeyRow) -> None:
         self.batch.keys.append(key)
@@ -293,7 +346,7 @@ class Book:
             self._order.limit_time(run, row, at_most=True)
             self._order.limit_rest(run, row, at_most=True)
         else:
-            self._order.start(run, row, self.memory_limits.get(run.task))
+            self._order.start(run, row, self.memory_limits.get(run.task), self.flows.outcomes(run))
         self._order.hear(row, self.inputs.of(run.no))  # which of them it has heard is not known
         if run.suspect and runner.shared:
             self._order.send_home(runner)
@@ -376,7 +429,7 @@ class Book:
     def _expire(self, now: float) -> None:
         for no in self.expiry.due(now):
             run = self.runs.get(no)
-            if run is not None and self.queues.waits_for(no):
+            if run is not None and (self.queues.waits_for(no) or self.flows.holds(no)):
                 self._end_run(run, RunEvent.FAIL, now, error=expired(run))
 
     def _claim_one(self, pool: str, now: float) -> bool:
@@ -493,7 +546,7 @@ class Book:
         self.batch.full = True
         if runner.given == 1 or runner.retiring:  # what comes in between is no news to the supervisor
             self._plan.tell(Assigned(runner=runner.spec.id, last=runner.retiring))
-        self._order.start(run, row, self.memory_limits.get(run.task))
+        self._order.start(run, row, self.memory_limits.get(run.task), self.flows.outcomes(run))
         self._order.hear(row, self.inputs.of(run.no))
 
     def _memory_limit(self, attempt: OpenAttempt) -> int | None:
@@ -577,6 +630,8 @@ class Book:
         if run.cancelling:  # before it had begun, when only giving it back was asked for
             self._order.cancel(row)
         self._plan.say(run, "run.started", now, attempt=row.number, runner=row.runner, pid=row.pid)
+        if run.parent is not None and (parent := self.find(run.parent)) is not None:
+            self.flows.began(parent, run, row.number, now)
         # After a power cut it may count as not begun, and is performed once more: with on_lost="retry" it is anyway.
         self._plan.changed(run, full=run.on_lost != "retry")
 
@@ -705,6 +760,24 @@ class Book:
         self._plan.end(run, error, now)
         self.inputs.forget(run.no, self.batch)
         self._forget(run)
+        self._ending.append(run)
+        if len(self._ending) == 1:  # or whoever is at it goes on: a chain of thousands is no recursion
+            while self._ending:
+                self._tell_relatives(self._ending[0], now)
+                self._ending.popleft()
+
+    def _tell_relatives(self, run: RunRow, now: float) -> None:
+        """A run has ended: its parent hears of it, those that come after it begin or end, and with a cancelled one its
+        children are cancelled."""
+        parent = None if run.parent is None else self.find(run.parent)
+        if parent is not None:
+            self._hear(parent, self.flows.ended(parent, run, now))
+        for other in self.flows.waits_for(run.id):
+            self._precede(other, run, now)
+        if run.status is RunStatus.CANCELLED:
+            for child in self.flows.family(run)[1:]:
+                if child.no in self.runs and not child.cancelling:
+                    self._cancel(child, self._settings.limits.cancel_grace_seconds, now, "parent")
 
     def _attempt_of(self, run: RunRow) -> OpenAttempt | None:
         return next((attempt for attempt in self.attempts.values() if attempt.run is run), None)
@@ -719,13 +792,19 @@ class Book:
             self.batch.changed[no] = run
 
     def cancel(self, run: RunRow, grace: float, now: float, reason: str = "") -> None:
-        """Somebody wants the run to stop, or `reason` does. A waiting run has ended when this returns.
+        """Somebody wants the run to stop, or `reason` does, and all its children. A waiting run has ended when this
+        returns.
 
         Raises:
           LifecycleError: it has ended already.
         """
         if run.no not in self.runs:
             raise LifecycleError(f"run {run.id} has ended: {run.status.value}")
+        for one in self.flows.family(run):
+            if one.no in self.runs:  # it ends with the one that it comes after
+                self._cancel(one, grace, now, reason if one is run else "parent")
+
+    def _cancel(self, run: RunRow, grace: float, now: float, reason: str) -> None:
         attempt = self._attempt_of(run)
         if attempt is None:
             self._end_run(run, RunEvent.CANCEL, now, error=error_of(Ending.CANCELLED, None, None))

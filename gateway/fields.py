@@ -134,6 +134,15 @@ def texts(most: int, longest: int) -> Field:
     )
 
 
+def listed(one: Field, most: int) -> Field:
+    """Return the rule of a list of values of one rule."""
+    return Field(
+        lambda value: isinstance(value, list) and len(value) <= most and all(map(one.check, value)),
+        f"must be a list, at most {most} items, each of which {one.complaint}",
+        {"type": "array", "maxItems": most, "items": one.schema},
+    )
+
+
 def array() -> Field:
     """Return the rule of a list of anything."""
     return Field(lambda value: isinstance(value, list), "must be a list", {"type": "array"})

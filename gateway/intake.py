@@ -86,7 +86,7 @@ class Intake:
         if self._engine.store_error:
             raise NotWritable(self._engine.store_error, retry_after=2)
         limit = self._engine.settings.limits.queued_runs
-        if len(self._engine.book.queues) >= limit:
+        if self._engine.book.waiting >= limit:
             raise QueueFull(f"{limit} runs wait already (LIMITS.queued_runs)", retry_after=5)
 
     async def _give(self, order: Create) -> str:
@@ -128,6 +128,8 @@ def _entry(submission: Submission) -> Submit:
         tags=list(submission.tags),
         subject=submission.subject,
         concurrency_key=submission.concurrency_key,
+        parent=submission.parent,
+        after=list(submission.after),
         key=submission.key,
         digest=submission.digest,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import secrets
 import socket
@@ -13,12 +14,13 @@ import msgspec
 import trio
 
 from gateway.bulk import Bulk
+from gateway.flows import UnknownRelative
 from gateway.store.protocol import StoreError
 from gateway.store.rows import RunRow
 from gateway.submission import ON_THE_SPOT, Submission, parse_submission
 from taskkit import failpoints
 from taskkit.channel import Channel
-from taskkit.errors import NotWritable, RemoteWireError, SubmitError
+from taskkit.errors import NotWritable, QueueFull, RemoteWireError, SubmitError
 from taskkit.lifecycle import RunStatus
 from taskkit.wire.messages import (
     LIMITS,
@@ -54,6 +56,13 @@ _UNDER_WAY: Final = {RunStatus.READY: 0.5, RunStatus.RUNNING: 0.1}
 
 #: Runs read at once of those that there was no memory for.
 _PAGE: Final = 500
+
+#: Seconds to wait for a run that another one comes after, and between two looks; the courier waits 30 s for an answer.
+_RELATIVE_SECONDS: Final = 10.0
+_RELATIVE_PAUSE: Final = 0.05
+
+#: Answers that say "later", not "never".
+_LATER: Final = frozenset({QueueFull.code, NotWritable.code})
 
 #: Seconds for an answer about a row.
 _ASK_SECONDS: Final = 5.0
@@ -139,12 +148,36 @@ class CourierLink:
             else:
                 # In a thread: checking 600 KB of arguments takes a second, and streams must not wait for it.
                 submission = await trio.to_thread.run_sync(self._submission, message)
-            run, _ = await self._engine.submit(submission)
+            run = await self._accepted(submission)
         except SubmitError as error:
+            await self._refused(message, error.code, str(error))
             detail = "; ".join([str(error), *(f"{name}: {text}" for name, text in error.errors.items())])
             channel.send(Submitted(id=message.id, error=detail, code=error.code))
             return
+        if run.id != message.id:
+            await self._refused(message, "row-open", f"its row was open already, as run {run.id}")
         channel.send(Submitted(id=message.id, run=run.id))
+
+    async def _accepted(self, submission: Submission) -> RunRow:
+        """Submit; a run that this one comes after may still be on its way: it was committed, but not read, before."""
+        flows = self._engine.book.flows
+        with trio.move_on_after(_RELATIVE_SECONDS):
+            while True:
+                try:
+                    return (await self._engine.submit(submission))[0]
+                except UnknownRelative:
+                    if flows.is_hopeless(submission.after):
+                        break
+                await trio.sleep(_RELATIVE_PAUSE)
+        return (await self._engine.submit(submission))[0]
+
+    async def _refused(self, message: Submit, code: str, detail: str) -> None:
+        """Have whoever waits for the run of a submission hear that there will be none, before the courier does."""
+        if code in _LATER:
+            return
+        told = (message.id, message.task, message.parent or "", code, detail)
+        with contextlib.suppress(NotWritable):  # said again with the submission, which is not answered then
+            await self._engine.decide(lambda: self._engine.book.refuse(*told, time.time()))
 
     def _submission(self, message: Submit) -> Submission:
         submission = parse_submission(
@@ -295,6 +328,8 @@ def _body(message: Submit) -> Mapping[str, Any]:
         "metadata": message.metadata or None,
         "tags": message.tags or None,
         "concurrency_key": message.concurrency_key or None,
+        "parent": message.parent,
+        "after": message.after or None,
     }
     return body | {key: value for key, value in options.items() if value is not None}
 

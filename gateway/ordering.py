@@ -46,7 +46,7 @@ class Ordering:
         runner.recalled = True
         self._plan.order(runner.spec.id, TakeBack(tokens=tokens))
 
-    def start(self, run: RunRow, row: AttemptRow, memory_limit: int | None) -> None:
+    def start(self, run: RunRow, row: AttemptRow, memory_limit: int | None, after: bytes = b"[]") -> None:
         """Have a runner perform an attempt; it ignores one that it knows."""
         self.limit_time(run, row, _START_SECONDS)
         start = Start(
@@ -60,6 +60,8 @@ class Ordering:
             max_attempts=run.max_attempts,
             metadata=run.metadata,
             memory_limit=memory_limit,
+            after=after,
+            children=run.children,
         )
         self._plan.order(row.runner, start)
 

@@ -34,6 +34,7 @@ def _several(most: int) -> dict[str, Any]:
 STATUS: Final = choice("status", [status.value for status in RunStatus], "Only runs in this state.")
 TASK: Final = word("task", "Only runs of this task, by its name or dotted path.")
 TAG: Final = word("tag", "Only runs with this tag.")
+PARENT: Final = word("parent", "Only children of this run.")
 SINCE: Final = moment("since", "Only runs submitted at this moment or later.")
 UNTIL: Final = moment("until", "Only runs submitted before this moment.")
 CURSOR: Final = Query(
@@ -42,7 +43,7 @@ CURSOR: Final = Query(
 LIMIT: Final = number("limit", 1, 200, 50, "Most runs on a page.")
 
 #: What a list of runs takes.
-LIST: Final[tuple[Query[Any], ...]] = (STATUS, TASK, TAG, SINCE, UNTIL, CURSOR, LIMIT)
+LIST: Final[tuple[Query[Any], ...]] = (STATUS, TASK, TAG, PARENT, SINCE, UNTIL, CURSOR, LIMIT)
 
 INCLUDE: Final = choice("include", ["log"], "`log` adds what the run printed; needs the action `logs`.")
 EVENTS: Final = number("limit", 1, 1000, 100, "Most events on a page; JSON only.")

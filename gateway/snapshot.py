@@ -49,6 +49,14 @@ class BatchOutcome(Accepted):
     replayed: bool
 
 
+class Children(TypedDict):
+    """How many children a run has, and how many of them have ended, well or not."""
+
+    total: int
+    ended: int
+    failed: int
+
+
 class Summary(TypedDict):
     """A run as lists show it."""
 
@@ -75,6 +83,9 @@ class Summary(TypedDict):
     tags: tuple[str, ...]
     replay_of: str | None
     concurrency_key: str
+    parent: str | None
+    after: msgspec.Raw | None
+    children: Children
     urls: Urls
 
 
@@ -206,6 +217,9 @@ def summary(run: RunRow) -> Summary:
         "tags": run.tags,
         "replay_of": run.replay_of,
         "concurrency_key": run.concurrency_key,
+        "parent": run.parent,
+        "after": raw(run.after),
+        "children": {"total": run.children, "ended": run.children_ended, "failed": run.children_failed},
         "urls": urls(run.id),
     }
 

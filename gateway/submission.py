@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 import msgspec
@@ -18,6 +18,7 @@ from gateway.arguments import MAX_ERRORS, Validator, argument_errors, compile_sc
 from gateway.fields import (
     Field,
     array,
+    listed,
     mapping,
     parse_time,
     read,
@@ -28,6 +29,7 @@ from gateway.fields import (
     uuid7,
     whole,
 )
+from gateway.flows import MOST_AFTER
 from gateway.store.rows import RunRow
 from gateway.throttle import Limit
 from taskkit.errors import InvalidArguments, UnknownTask
@@ -72,6 +74,11 @@ FIELDS: Final[Mapping[str, Field]] = {
     "concurrency_key": text(1, MAX_CONCURRENCY_KEY).about(
         "Who shares the `concurrency` and the `rate_limit` of the task: each key has them to itself."
     ),
+    "parent": uuid7().about("Id of the run whose child it is."),
+    "after": listed(uuid7(), MOST_AFTER).about(
+        "Ids of runs: it waits until all of them have succeeded, and ends unstarted when one has not.",
+        f"must be a list of at most {MOST_AFTER} ids of runs",
+    ),
     "id": _ID,
 }
 
@@ -94,6 +101,8 @@ class Submission:
       key: the idempotency key; digest: of the body that came with it.
       replay_of: id of the ended run whose arguments it has.
       concurrency_key: who shares the limits of the task with it; "" with all that have none.
+      parent, after: ids of the run whose child it is, and of those that it comes after.
+      relatives: of these, the runs that have ended, by id; whoever submits looks them up.
     """
 
     id: str
@@ -119,6 +128,9 @@ class Submission:
     stall_timeout: float | None = None
     schedule_timeout: float | None = None
     concurrency_key: str = ""
+    parent: str | None = None
+    after: tuple[str, ...] = ()
+    relatives: Mapping[str, RunRow] = field(default_factory=dict)
 
 
 class Catalogue:
@@ -215,6 +227,8 @@ def parse_submission(
         subject=subject,
         origin=origin,
         concurrency_key=read.concurrency_key(task),
+        parent=read.parent(),
+        after=read.after(),
     )
     read.limits(submission, task, pools.get(submission.pool))
     submission.args, submission.kwargs = read.arguments(task, catalogue, limits)
@@ -337,6 +351,13 @@ class _Reader:
                 f"{task.name} has neither `concurrency` nor `rate_limit`, which the key could share"
             )
         return str(key)
+
+    def parent(self) -> str | None:
+        text = self._get("parent")
+        return None if text is None else parse_run_id(text)
+
+    def after(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(parse_run_id(text) or "" for text in self._get("after") or ()))
 
     def run_after(self) -> float | None:
         text = self._get("run_after")

@@ -10,11 +10,13 @@ import trio
 from starlette.requests import Request
 from starlette.responses import Response
 
+from gateway.accepting import named_by
 from gateway.auth import Authenticator
 from gateway.describing import Description, Header, document
 from gateway.face import Engine
 from gateway.fields import body_schema
 from gateway.finding import find_run, unknown_run
+from gateway.reach import reaches
 from gateway.reading import Parameters, Refusal, parse_object, read_body_of_json, read_object
 from gateway.resource import answer
 from gateway.snapshot import Accepted, accepted, urls
@@ -33,6 +35,7 @@ from taskkit import failpoints, tokens
 from taskkit.errors import (
     Forbidden,
     IdempotencyConflict,
+    InvalidArguments,
     NotWritable,
     QueueFull,
     UnknownTask,
@@ -88,6 +91,7 @@ class Submitting:
         data = await read_body_of_json(request, self._engine.settings.limits)
         self._authenticator.recheck(claims)
         body, submission = await self._parse(data, claims, key)
+        await self.check_relatives(submission, claims)
         failpoints.hit("accept.asked")
         if submission.task.kind == "model":
             run, replayed = await self.submit_model(submission, body)
@@ -186,6 +190,25 @@ class Submitting:
         if key is not None:
             submission.key, submission.digest = key, body_digest(body)
         return submission
+
+    async def check_relatives(self, submission: Submission, claims: Claims) -> None:
+        """Refuse a submission that names runs which the token does not reach, whether there are any or not.
+
+        Raises:
+          InvalidArguments: by field.
+        """
+        named = named_by(submission)
+        if not named:
+            return
+        found = await self._engine.store.runs_by_id(named)
+        unknown = {id for id in named if id not in found or not reaches(claims, found[id])}
+        if not claims.may("read"):
+            unknown = set(named)
+        errors = {"parent": f"there is no run {submission.parent}"} if submission.parent in unknown else {}
+        if missing := [id for id in submission.after if id in unknown]:
+            errors["after"] = f"there is no run {missing[0]}"
+        if errors:
+            raise InvalidArguments("the submission names runs that there are not", errors=errors)
 
     def _check_reach(self, name: object, claims: Claims) -> None:
         """Refuse a task that the token does not reach, whether it exists or not."""

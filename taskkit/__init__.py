@@ -26,6 +26,9 @@ if TYPE_CHECKING:  # the same names for type checkers
     from taskkit.errors import RunTimedOut as RunTimedOut
     from taskkit.errors import RunWasCancelled as RunWasCancelled
     from taskkit.errors import TaskTimeout as TaskTimeout
+    from taskkit.flows import chain as chain
+    from taskkit.flows import group as group
+    from taskkit.flows import step as step
     from taskkit.outbox import submit as submit
     from taskkit.scheduling import schedule as schedule
     from taskkit.stream_task import StreamTask as StreamTask
@@ -43,11 +46,14 @@ _HOMES = {
     "RunWasCancelled": "taskkit.errors",
     "StreamTask": "taskkit.stream_task",
     "TaskTimeout": "taskkit.errors",
+    "chain": "taskkit.flows",
     "current_run": "taskkit.current",
     "emit": "taskkit.current",
     "get_client": "taskkit.client",
+    "group": "taskkit.flows",
     "progress": "taskkit.current",
     "schedule": "taskkit.scheduling",
+    "step": "taskkit.flows",
     "submit": "taskkit.outbox",
     "task": "taskkit.tasks",
 }
@@ -63,12 +69,15 @@ __all__ = [
     "StreamTask",
     "TaskTimeout",
     "__version__",
+    "chain",
     "coordinator",
     "current_run",
     "emit",
     "get_client",
+    "group",
     "progress",
     "schedule",
+    "step",
     "submit",
     "task",
 ]

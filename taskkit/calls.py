@@ -13,15 +13,7 @@ from urllib.parse import quote
 import httpx
 
 from taskkit.credentials import Credentials
-from taskkit.errors import (
-    GatewayError,
-    RunCrashed,
-    RunError,
-    RunFailed,
-    RunLost,
-    RunTimedOut,
-    RunWasCancelled,
-)
+from taskkit.errors import ENDINGS, GatewayError, RunError, RunFailed
 from taskkit.following import Pauses, parse_retry_after, refusal, run_path, stream_params
 
 #: Seconds for an answer. The gateway answers in milliseconds; a model task waits up to 5 s for its intake.
@@ -35,15 +27,6 @@ LONG_POLL: Final = 30.0
 
 #: Seconds for which a call that may be repeated is tried again; a killed gateway is back in about 0.5 s.
 PATIENCE: Final = 10.0
-
-ENDINGS: Final[Mapping[str, type[RunError]]] = {
-    "raised": RunFailed,
-    "crashed": RunCrashed,
-    "timed_out": RunTimedOut,
-    "expired": RunTimedOut,
-    "cancelled": RunWasCancelled,
-    "lost": RunLost,
-}
 
 
 def error_of(snapshot: dict[str, Any]) -> RunError:

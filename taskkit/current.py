@@ -10,7 +10,11 @@ from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
     from taskkit.inbox import Inbox
+    from taskkit.outbox import RunHandle
+    from taskkit.outcomes import Outcome
 
 
 class Speaker(Protocol):
@@ -21,6 +25,7 @@ class Speaker(Protocol):
       attempt: 1, 2, 3 …
       task: the task's name.
       metadata: what the submission brought along.
+      after: how the runs ended that this one came after (`submit(…, after=…)`), in that order.
       cancelled: whether this attempt was asked to stop: cancelled, at its soft_timeout, or because the tree stops.
     """
 
@@ -34,10 +39,56 @@ class Speaker(Protocol):
     def metadata(self) -> dict[str, Any]: ...
     @property
     def cancelled(self) -> bool: ...
+    @property
+    def after(self) -> list[Outcome]: ...
 
     def emit(self, type: str, data: Any = None) -> None: ...
     def progress(self, done: float, total: float | None = None, message: str = "") -> None: ...
     def inbox(self, name: str) -> Inbox: ...
+
+    def submit(
+        self,
+        task: Any,
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> RunHandle:
+        """Submit a child of this run, as `taskkit.submit` submits any run.
+
+        The stream of this run tells of the child as long as it is open; a child that is not over by then goes on,
+        unless this run was cancelled. Another attempt of this run does not know of children that an earlier one has
+        submitted.
+
+        Raises:
+          ValueError: the run has 1,000 children.
+          Exception: as `taskkit.submit`. In every case nothing was submitted.
+        """
+        ...
+
+    async def asubmit(self, *args: Any, **kwargs: Any) -> RunHandle:
+        """Do what `submit` does, from asyncio or trio."""
+        ...
+
+    def wait(self, children: Iterable[RunHandle], timeout: float | None = None) -> list[Outcome]:
+        """Wait for children of this run; return how each has ended, in their order.
+
+        A task that waits keeps its runner. Where all runners of a pool could wait for one another, give the children
+        a pool of their own; or do not wait, and submit what follows with `after=children`.
+
+        Args:
+          timeout: seconds for all of them; None waits for as long as the run may take.
+
+        Raises:
+          TimeoutError: one has not ended in time.
+          RuntimeError: it would wait for ever (a transaction is open, the pool has no other runner), or stop an event
+            loop.
+          ValueError: one is no child of this run.
+        """
+        ...
+
+    async def wait_async(self, children: Iterable[RunHandle], timeout: float | None = None) -> list[Outcome]:
+        """Do what `wait` does, from asyncio or trio."""
+        ...
 
 
 speaker: ContextVar[Speaker | None] = ContextVar("bulkhead_speaker", default=None)

@@ -17,13 +17,15 @@ TaskkitError
    + NeverReady, RestartIntensityExceeded, AlreadyRunning, AddressInUse
 RunCancelled(BaseException)  raised *inside* a task: `except Exception` must not eat it
 Class paths recorded for an end that no exception of user code brought about (Django's TaskError):
-  TaskTimeout(TimeoutError), CpuTimeout, ScheduleTimeout, RunnerCrashed, RunnerOutOfMemory, RunnerLost, TaskCancelled
+  TaskTimeout(TimeoutError), CpuTimeout, ScheduleTimeout, RunnerCrashed, RunnerOutOfMemory, RunnerLost, TaskCancelled,
+  DependencyFailed
 SoftTimeout, StallTimeout (TaskTimeout)  raised inside a task that has to stop, too
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Final
 
 
 class TaskkitError(Exception):
@@ -162,6 +164,18 @@ class RunLost(RunError):
     """The machine or the supervisor went away under the run, and its policy forbids another attempt."""
 
 
+#: What a client raises for a run that did not succeed, by its ending or its error's code.
+ENDINGS: Final[Mapping[str, type[RunError]]] = {
+    "raised": RunFailed,
+    "crashed": RunCrashed,
+    "quarantined": RunCrashed,
+    "timed_out": RunTimedOut,
+    "expired": RunTimedOut,
+    "cancelled": RunWasCancelled,
+    "lost": RunLost,
+}
+
+
 class GatewayError(TaskkitError):
     """The gateway refused a request or cannot be reached.
 
@@ -246,6 +260,10 @@ class RunnerOutOfMemory(RunnerCrashed):
 
 class RunnerLost(Exception):
     """The machine or the supervisor went away under the task, which allows no other attempt."""
+
+
+class DependencyFailed(Exception):
+    """A run that this one comes after did not succeed, so it was not started; Django's `TaskError` names this class."""
 
 
 class TaskCancelled(Exception):

@@ -48,7 +48,7 @@ class Inbox:
           RuntimeError: an event loop runs in this thread, and would stand still: `await inbox.aget()`.
           RunCancelled: the run is to stop (in the task's main thread).
         """
-        if _in_event_loop():
+        if in_event_loop():
             raise RuntimeError("get() would block the event loop, which brings the messages: await aget()")
         end = None if timeout is None else time.monotonic() + timeout
         while True:
@@ -78,7 +78,8 @@ class Inbox:
             self._waiting.remove(event)
 
 
-def _in_event_loop() -> bool:
+def in_event_loop() -> bool:
+    """Whether an event loop runs in this thread."""
     try:
         anyio.get_current_task()
     except RuntimeError:

@@ -12,7 +12,7 @@ import math
 import socket
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from functools import partial
 from pathlib import Path
@@ -26,7 +26,7 @@ from django.utils.functional import Promise
 from taskkit import conf, linux
 from taskkit.conf import get_settings, key_file
 from taskkit.errors import InvalidArguments, LocalWireError
-from taskkit.identifiers import is_task_name, new_run_id
+from taskkit.identifiers import is_task_name, new_run_id, parse_run_id
 from taskkit.models import OPEN, ROW_KEY_LENGTH, Node, Outbox, Run, StreamTask
 from taskkit.rows import row_address, task_name
 from taskkit.threads import in_thread
@@ -61,11 +61,15 @@ class RunHandle:
       id: of the run. With an uncommitted transaction around it, the run comes into being at its commit.
       using: alias of the database that has its outbox entry and its projection.
       new: False when the row was running already, and this is its run.
+      parent: id of the run whose child it is, or "".
+      pool: that performs it.
     """
 
     id: str
     using: str = DEFAULT_DB_ALIAS
     new: bool = True
+    parent: str = ""
+    pool: str = ""
 
     def __str__(self) -> str:
         return self.id
@@ -139,6 +143,8 @@ def submit(
     metadata: Mapping[str, Any] | None = None,
     tags: Sequence[str] = (),
     concurrency_key: str = "",
+    parent: Any = None,
+    after: Iterable[Any] = (),
     subject: str = "",
     backend: str = "",
     queue: str = "",
@@ -151,6 +157,11 @@ def submit(
     `concurrency` and the `rate_limit` of their task, which each key has to itself. `subject` is on whose behalf: a user
     who has a token of this `sub` that reaches his own runs sees it (`taskkit.views`). `backend` and `queue` are what
     Django's own Tasks interface calls the way it came; they are kept with the run.
+
+    `parent` is the run whose child this one is, `after` are runs that it waits for: a handle, a `Run`, or an id each.
+    The parent's stream tells of the child, and when the parent is cancelled, so is the child. A run begins when all
+    have succeeded that it comes after, whose results it finds in `current_run().after`; if one does not, it ends with
+    the code `dependency_failed`.
 
     Name and arguments are checked here, by the tasks that this process knows; its first submission imports
     every app's `tasks` module. What only the gateway can know (its pools, its queue) it says in `RunHandle.run`.
@@ -189,6 +200,8 @@ def submit(
         metadata=as_json(dict(metadata or {}), "metadata"),
         tags=list(tags),
         concurrency_key=concurrency_key,
+        parent=None if parent is None else _id_of(parent),
+        after=[_id_of(one) for one in after],
         subject=subject,
         using=alias,
     )
@@ -198,7 +211,17 @@ def submit(
             f"concurrency_key = {concurrency_key!r}: {name} has neither `concurrency` nor `rate_limit`, which it could "
             "share"
         )
-    return _insert(submission, priority=definition.info.priority, backend=backend, queue=queue)
+    handle = _insert(submission, priority=definition.info.priority, backend=backend, queue=queue)
+    parent_id = submission.parent or "" if handle.new else ""
+    return replace(handle, pool=pool or definition.info.pool, parent=parent_id)
+
+
+def _id_of(run: Any) -> str:
+    """Return the id of a run by its handle, its row, its result in Django's interface, or itself."""
+    id = parse_run_id(str(getattr(run, "id", run)))
+    if id is None:
+        raise ValueError(f"{run!r} is no run: give its handle or its id")
+    return id
 
 
 def _seconds(given: float | timedelta | None) -> float | None:

@@ -42,6 +42,7 @@ _EXCEPTIONS: Final = {
     "expired": "taskkit.errors.ScheduleTimeout",
     "cancelled": "taskkit.errors.TaskCancelled",
     "lost": "taskkit.errors.RunnerLost",
+    "dependency_failed": "taskkit.errors.DependencyFailed",
 }
 
 #: The exception that stands for a cause, if there is a better one than for its code.

@@ -69,6 +69,8 @@ def _run(values: tuple[Any, ...]) -> RunRow:
     named = dict(zip(RUN_COLUMNS, values, strict=True))
     named["status"] = RunStatus(named["status"])
     named["tags"] = tuple(json.loads(named["tags"]))
+    if isinstance(named["after"], str):  # of a run that is older than the column
+        named["after"] = named["after"].encode()
     named["cancelling"] = bool(named["cancelling"])
     named["suspect"] = bool(named["suspect"])
     named["result_expired"] = bool(named["result_expired"])
@@ -192,6 +194,8 @@ def _conditions(which: RunFilter) -> Iterable[tuple[str, Any]]:
         yield "created_at < ?", which.until
     if which.subject is not None:
         yield "subject = ?", which.subject
+    if which.parent is not None:
+        yield "parent = ?", which.parent
     if which.before is not None:
         yield "no < ?", min(which.before, _MAX_INTEGER)
 

@@ -32,6 +32,9 @@ class RunRow:
       cancelling: somebody wants it to stop.
       replay_of: id of the ended run whose arguments it has, or None.
       concurrency_key: who shares the limits of its task with it (gateway.throttle).
+      parent: id of the run whose child it is, or None.
+      after: JSON, ids of the runs that it comes after (gateway.flows).
+      children, children_ended, children_failed: how many it has, as far as its stream has told of them.
       crashes: runners that it has killed; at taskkit.lifecycle.QUARANTINE_AFTER it is quarantined.
       suspect: it was in a shared process that died, so it is performed alone.
       epoch: grows when its newest events may have been lost with the machine's power (gateway.store.writer).
@@ -66,6 +69,8 @@ class RunRow:
     created_at: float = 0.0
     replay_of: str | None = None
     concurrency_key: str = ""
+    parent: str | None = None
+    after: bytes = b"[]"
     # what changes
     status: RunStatus = RunStatus.READY
     attempt: int = 0
@@ -87,13 +92,16 @@ class RunRow:
     runner: str = ""
     attempted_at: float | None = None
     failure: bytes | None = None
+    children: int = 0
+    children_ended: int = 0
+    children_failed: int = 0
     # what only the store changes
     epoch: int = 0
     result_expired: bool = False
 
 
 #: Those that change when a run has only spoken. None of them is in an index; of MUTABLE, several are.
-SPOKEN = ("tail", "lines", "progress")
+SPOKEN = ("tail", "lines", "progress", "children", "children_ended", "children_failed")
 
 #: The columns of RunRow that a round may change; `told` has an operation of its own.
 MUTABLE = (
@@ -110,6 +118,9 @@ MUTABLE = (
     "result_blob",
     "error",
     "progress",
+    "children",
+    "children_ended",
+    "children_failed",
     "cancelling",
     "crashes",
     "suspect",
@@ -368,6 +379,7 @@ class RunFilter:
     since: float | None = None
     until: float | None = None
     subject: str | None = None
+    parent: str | None = None
     owner: str | None = None
     ids: tuple[str, ...] | None = None
     tasks: tuple[str, ...] | None = None

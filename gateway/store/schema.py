@@ -216,10 +216,21 @@ _THROTTLE: Final = (
     "CREATE INDEX begun_by_age ON begun (until)",
 )
 
+#: Runs that belong together.
+_FLOWS: Final = (
+    "ALTER TABLE run ADD COLUMN parent TEXT",
+    "ALTER TABLE run ADD COLUMN \"after\" BLOB NOT NULL DEFAULT '[]'",
+    *(
+        f"ALTER TABLE run ADD COLUMN {name} INTEGER NOT NULL DEFAULT 0"
+        for name in ("children", "children_ended", "children_failed")
+    ),
+    "CREATE INDEX run_by_parent ON run (parent) WHERE parent IS NOT NULL",
+)
+
 #: Statements of each step.
 STEPS: Final[tuple[Sequence[str], ...]] = (
     *(_FIRST, _CRASHES, _RETENTION, _GRANTS, _STREAMS, _ATTEMPTED, _INPUTS, _LIMITS),
-    _THROTTLE,
+    *(_THROTTLE, _FLOWS),
 )
 
 

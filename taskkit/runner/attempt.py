@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
+from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Iterable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
@@ -15,8 +15,11 @@ from taskkit import current
 from taskkit.errors import InvalidArguments, RunCancelled
 from taskkit.identifiers import check_event_name
 from taskkit.inbox import Inbox
+from taskkit.outbox import RunHandle
+from taskkit.outcomes import Outcome
 from taskkit.registry import TaskDefinition
 from taskkit.runner.announcing import Audience
+from taskkit.runner.children import Children, outcomes_of
 from taskkit.runner.encode import EventRenderer, failure_of, render
 from taskkit.runner.inbox import Mail
 from taskkit.wire.messages import Finished, Progress, RunnerSpec, Start
@@ -66,6 +69,7 @@ class Attempt:
         self._emitter = emitter
         self._spec = spec
         self._performance = _performance(definition, start, spec)
+        self._children = Children(start.run, spec.pool, start.children, mail.inbox)
         self.audience = Audience(self, definition.func or definition.model, self._performance)
         self._metadata: dict[str, Any] = msgspec.json.decode(start.metadata)
         extras: dict[str, Any] = {"_run": start.run, "_attempt": start.attempt}
@@ -111,6 +115,29 @@ class Attempt:
     def inbox(self, name: str) -> Inbox:
         """See `taskkit.inbox.Inbox`; the name is the last part of `POST …/runs/{id}/input/{name}`."""
         return self._mail.inbox(name)
+
+    @property
+    def after(self) -> list[Outcome]:
+        """How the runs ended that this one came after."""
+        return outcomes_of(self._start.after)
+
+    def submit(
+        self, task: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None, **options: Any
+    ) -> RunHandle:
+        """See `taskkit.current.Speaker.submit`."""
+        return self._children.submit(task, args, kwargs, **options)
+
+    async def asubmit(self, *args: Any, **kwargs: Any) -> RunHandle:
+        """See `taskkit.current.Speaker.asubmit`."""
+        return await self._children.asubmit(*args, **kwargs)
+
+    def wait(self, children: Iterable[RunHandle], timeout: float | None = None) -> list[Outcome]:
+        """See `taskkit.current.Speaker.wait`."""
+        return self._children.wait(children, timeout)
+
+    async def wait_async(self, children: Iterable[RunHandle], timeout: float | None = None) -> list[Outcome]:
+        """See `taskkit.current.Speaker.wait_async`."""
+        return await self._children.wait_async(children, timeout)
 
     def _render(self, data: Any) -> bytes:
         rendered = self._renderer.render(data)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,8 @@ from taskkit import current
 from taskkit.identifiers import run_id_time
 from taskkit.inbox import Inbox
 from taskkit.interface import Task, TaskContext, TaskResult, TaskResultStatus, task_finished, task_started
+from taskkit.outbox import RunHandle
+from taskkit.outcomes import Outcome
 from taskkit.results import error_of
 from taskkit.times import moment
 from taskkit.wire.messages import Start
@@ -48,6 +50,29 @@ class BulkheadContext(TaskContext):
     def inbox(self, name: str) -> Inbox:
         """Return what others tell the run under this name: `context.inbox("answer").get(timeout=60)`."""
         return self.run.inbox(name)
+
+    @property
+    def after(self) -> list[Outcome]:
+        """How the runs ended that this one came after."""
+        return self.run.after
+
+    def submit(
+        self, task: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None, **options: Any
+    ) -> RunHandle:
+        """Submit a child: see `taskkit.current.Speaker.submit`."""
+        return self.run.submit(task, args, kwargs, **options)
+
+    async def asubmit(self, *args: Any, **kwargs: Any) -> RunHandle:
+        """Do what `submit` does, from asyncio or trio."""
+        return await self.run.asubmit(*args, **kwargs)
+
+    def wait(self, children: Iterable[RunHandle], timeout: float | None = None) -> list[Outcome]:
+        """Wait for children: see `taskkit.current.Speaker.wait`."""
+        return self.run.wait(children, timeout)
+
+    async def wait_async(self, children: Iterable[RunHandle], timeout: float | None = None) -> list[Outcome]:
+        """Do what `wait` does, from asyncio or trio."""
+        return await self.run.wait_async(children, timeout)
 
 
 class Performance:

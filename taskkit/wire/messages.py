@@ -170,7 +170,8 @@ class ScheduleState(Struct, frozen=True, kw_only=True, omit_defaults=True):
 class Start(Message, frozen=True):
     """Perform one attempt. Sent again after a takeover: a runner ignores a `token` it has seen.
 
-    `args`, `kwargs` and `metadata` are JSON as it is stored: the gateway does not take a megabyte apart.
+    `args`, `kwargs` and `metadata` are JSON as it is stored: the gateway does not take a megabyte apart. `after` is
+    JSON: how the runs ended that this one comes after. `children`: how many it has had.
     """
 
     run: str
@@ -183,6 +184,8 @@ class Start(Message, frozen=True):
     max_attempts: int = 1
     metadata: bytes = b"{}"
     memory_limit: int | None = None
+    after: bytes = b"[]"
+    children: int = 0
 
 
 class Cancel(Message, frozen=True):
@@ -619,6 +622,8 @@ class Submit(Message, frozen=True):
     metadata: dict[str, Any] = {}
     tags: list[str] = []
     concurrency_key: str = ""
+    parent: str | None = None
+    after: list[str] = []
     subject: str = ""
     using: str = "default"
     key: str | None = None

@@ -87,6 +87,7 @@ PURE = (
     "gateway.expiry",
     "gateway.inputs",
     "gateway.throttle",
+    "gateway.flows",
     "gateway.failures",
     "supervisor.policy",
     "supervisor.causes",

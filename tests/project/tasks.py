@@ -17,6 +17,7 @@ from tests.project.bench import *  # noqa: F403  (a task is found where `tasks` 
 from tests.project.chaos import *  # noqa: F403
 from tests.project.clockwork import *  # noqa: F403
 from tests.project.edges import *  # noqa: F403
+from tests.project.families import *  # noqa: F403
 from tests.project.forging import *  # noqa: F403
 from tests.project.hearing import *  # noqa: F403
 from tests.project.limits import *  # noqa: F403

@@ -14,6 +14,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from gateway.book import Book
+from gateway.flows import after_of
 from gateway.output import Line
 from gateway.state import After
 from gateway.store.rows import (
@@ -22,6 +23,7 @@ from gateway.store.rows import (
     Batch,
     BegunRow,
     EventRow,
+    InputRow,
     KeyRow,
     Opened,
     QuarantinedRow,
@@ -103,6 +105,7 @@ class ModelStore:
         self.ended: set[int] = set()
         self.breakers: dict[str, bytes] = {}
         self.begun: list[BegunRow] = []
+        self.inputs: dict[int, list[InputRow]] = {}
         self.last_pos = 0
 
     def commit(self, batch: Batch) -> None:
@@ -126,6 +129,12 @@ class ModelStore:
         for no, version in batch.told.items():
             assert version <= self.runs[no].version
             self.runs[no].told = version
+        for row in batch.inputs:
+            heard = self.inputs.setdefault(row.run, [])
+            assert row.number == len(heard) + 1, "inputs have no holes"
+            heard.append(row)
+        for no in batch.told_enough:
+            del self.inputs[no]
         self.begun += batch.begun
         if batch.begun_before is not None:
             self.begun = [row for row in self.begun if row.until > batch.begun_before]
@@ -191,6 +200,7 @@ class ModelStore:
             dict(self.breakers),
             quarantined,
             begun=sorted(self.begun, key=lambda row: row.at),
+            inputs=[row for heard in self.inputs.values() for row in heard],
         )
 
 
@@ -296,6 +306,12 @@ class BookMachine(RuleBasedStateMachine):
                     "it is given out before its time"
                 )
                 assert row.runner == id
+                before = after_of(self.store.runs[row.run])
+                statuses = {run.status for run in self.store.runs.values() if run.id in before}
+                assert statuses <= {RunStatus.SUCCESSFUL}, (
+                    "it begins when all have succeeded that it comes after"
+                )
+                assert len(json.loads(order.after)) == len(before), "and hears of all of them"
                 sim = self.runners[id]
                 # A repeated order may come after the end of its attempt: the runner knows the token.
                 known = order.token in sim.seen
@@ -347,6 +363,8 @@ class BookMachine(RuleBasedStateMachine):
         later=st.sampled_from((None, None, -1.0, 0.03)),
         row=st.sampled_from((None, None, 1, 2)),
         key=st.sampled_from(("", "a", "b")),
+        parent=st.none() | st.integers(0, 99),
+        after=st.lists(st.integers(0, 99), max_size=2),
     )
     def accept(
         self,
@@ -358,6 +376,8 @@ class BookMachine(RuleBasedStateMachine):
         later: float | None,
         row: int | None,
         key: str,
+        parent: int | None,
+        after: list[int],
     ) -> None:
         address = None if row is None else Row(app="a", model="M", pk=row)
         if address is not None and self.book.find_row(address.key) is not None:
@@ -372,10 +392,20 @@ class BookMachine(RuleBasedStateMachine):
             row=address,
             timeout=5.0 if priority else None,
             concurrency_key=key,
+            parent=None if parent is None else self._relative(parent),
+            after=tuple(dict.fromkeys(id for pick in after if (id := self._relative(pick)) is not None)),
         )
+        named = {run.id: run for run in self.store.runs.values() if run.id in (made.parent, *made.after)}
+        made.relatives = {id: run for id, run in named.items() if self.book.find(id) is None}
         run = self.book.accept(made, self.now)
-        assert self.book.find(run.id) is run
+        if not made.relatives:
+            assert self.book.find(run.id) is run
         self._round(2, "whole")
+
+    def _relative(self, pick: int) -> str | None:
+        """Return the id of one of the newest runs."""
+        known = sorted(self.store.runs)[-6:]
+        return self.store.runs[known[pick % len(known)]].id if known else None
 
     @precondition(lambda self: len(self.runners) < 5)
     @rule(pool=st.sampled_from(("default", "shared")), runs=st.integers(1, 4))
@@ -556,7 +586,7 @@ class BookMachine(RuleBasedStateMachine):
         for no, run in self.book.runs.items():
             assert not run.status.is_terminal
             if run.status is RunStatus.READY:
-                assert (no in self.book.queues._waiting) != (no in assigned)
+                assert (no in self.book.queues._waiting) + (no in assigned) + self.book.flows.holds(no) == 1
             else:
                 assert no in assigned
                 assert no not in self.book.queues._waiting
@@ -596,6 +626,40 @@ class BookMachine(RuleBasedStateMachine):
             assert len(ends) == (1 if run.status.is_terminal else 0)
             assert run.status.is_terminal == (no in self.store.ended)
             assert (run.finished_at is not None) == run.status.is_terminal
+
+    @invariant()
+    def parents_are_told_once(self) -> None:
+        for no, run in self.store.runs.items():
+            told = [
+                (event.type, json.loads(event.data)["child"])
+                for event in self.store.events.get(no, [])
+                if event.type.startswith("run.child.")
+            ]
+            born = [child for type, child in told if type == "run.child.submitted"]
+            ended = [child for type, child in told if type == "run.child.ended"]
+            assert len(born) == len(set(born)) == run.children
+            assert len(ended) == len(set(ended)) == run.children_ended
+            assert set(ended) <= set(born)
+            if not run.status.is_terminal:
+                over = {
+                    one.id
+                    for one in self.store.runs.values()
+                    if one.parent == run.id and one.status.is_terminal
+                }
+                assert over == set(ended), "what an open run hears is of the same transaction as the end"
+                heard = {row.name.removeprefix("ended/") for row in self.store.inputs.get(no, [])}
+                assert over <= heard
+
+    @invariant()
+    def who_comes_after_a_failure_has_ended(self) -> None:
+        by_id = {run.id: run for run in self.store.runs.values()}
+        for run in self.store.runs.values():
+            bad = [id for id in after_of(run) if by_id[id].status in (RunStatus.FAILED, RunStatus.CANCELLED)]
+            assert not bad or run.status in (RunStatus.FAILED, RunStatus.CANCELLED)
+        for run in self.store.runs.values():
+            above = None if run.parent is None else by_id[run.parent]
+            if above is not None and above.status is RunStatus.CANCELLED:
+                assert run.cancelling or run.status.is_terminal, "it is cancelled with its parent"
 
     @invariant()
     def limits_hold_per_key(self) -> None:
