@@ -69,7 +69,7 @@ class Attempt:
         self._emitter = emitter
         self._spec = spec
         self._performance = _performance(definition, start, spec)
-        self._children = Children(start.run, spec.pool, start.children, mail.inbox)
+        self._children = Children(start.run, spec.pool, start.children, mail)
         self.audience = Audience(self, definition.func or definition.model, self._performance)
         self._metadata: dict[str, Any] = msgspec.json.decode(start.metadata)
         extras: dict[str, Any] = {"_run": start.run, "_attempt": start.attempt}

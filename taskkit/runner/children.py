@@ -12,9 +12,10 @@ from django.db import connections
 
 from taskkit import outbox
 from taskkit.conf import get_settings
-from taskkit.inbox import Inbox, in_event_loop
+from taskkit.inbox import in_event_loop
 from taskkit.outbox import RunHandle
 from taskkit.outcomes import ENDED, MOST_CHILDREN, Outcome
+from taskkit.runner.inbox import Mail
 from taskkit.stream_task import StreamTask
 from taskkit.threads import in_thread
 
@@ -26,14 +27,14 @@ class Children:
       run: id of the run.
       pool: of the runner that performs it.
       before: how many the run had when the attempt was ordered.
-      inbox: where it hears of ends.
+      mail: what it is told, ends of children among it.
     """
 
-    def __init__(self, run: str, pool: str, before: int, inbox: Callable[[str], Inbox]) -> None:
+    def __init__(self, run: str, pool: str, before: int, mail: Mail) -> None:
         self._run = run
         self._pool = pool
         self._count = before
-        self._inbox = inbox
+        self._mail = mail
 
     def submit(
         self,
@@ -62,15 +63,11 @@ class Children:
         if in_event_loop():
             raise RuntimeError("wait() would block the event loop: await wait_async()")
         self._check(awaited)
-        for using in {child.using for child in awaited}:
-            if connections[using].in_atomic_block:
-                raise RuntimeError(
-                    f"the transaction on {using!r} is open: before it commits, no child begins"
-                )
+        self._check_commits(awaited)
         ends = None if timeout is None else time.monotonic() + timeout
         outcomes = []
         for child in awaited:
-            inbox = self._inbox(ENDED + child.id)
+            inbox = self._mail.inbox(ENDED + child.id)
             told = inbox.get(None if ends is None else max(0.0, ends - time.monotonic()))
             inbox.put(told)  # whoever waits for it next
             outcomes.append(Outcome.of(told))
@@ -83,11 +80,21 @@ class Children:
         outcomes = []
         with anyio.fail_after(timeout):
             for child in awaited:
-                inbox = self._inbox(ENDED + child.id)
+                if self._mail.beside:
+                    inbox = self._mail.inbox(ENDED + child.id)
+                else:  # it may be performed just here, and ask the database
+                    inbox = await in_thread(self._mail.inbox, ENDED + child.id)
                 told = await inbox.aget()
                 inbox.put(told)
                 outcomes.append(Outcome.of(told))
         return outcomes
+
+    def _check_commits(self, children: Sequence[RunHandle]) -> None:
+        for using in {child.using for child in children}:
+            if self._mail.beside and connections[using].in_atomic_block:
+                raise RuntimeError(
+                    f"the transaction on {using!r} is open: before it commits, no child begins"
+                )
 
     def _check(self, children: Sequence[RunHandle]) -> None:
         """Refuse what would wait for ever.

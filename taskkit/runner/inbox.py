@@ -18,7 +18,10 @@ class Mail:
 
     Attributes:
       cancelled: the attempt was asked to stop.
+      beside: what is told comes from other processes, which see what is committed.
     """
+
+    beside = True
 
     def __init__(self, look: Callable[[], None] = lambda: None, *, cancelled: bool = False) -> None:
         self._look = look

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -23,12 +24,17 @@ from taskkit.errors import RunCancelled
 from taskkit.identifiers import new_run_id, new_token
 from taskkit.inbox import Inbox
 from taskkit.lifecycle import Ending, RunStatus
+from taskkit.models import Run
+from taskkit.outcomes import ENDED
 from taskkit.registry import TaskDefinition
 from taskkit.rows import row_address
 from taskkit.runner.attempt import Attempt, conclude, finish
 from taskkit.runner.inbox import Mail
 from taskkit.stream_task import StreamTask
 from taskkit.wire.messages import Finished, Progress, RunnerSpec, Start, Submit, Submitted, Transition
+
+#: Submissions that are looked at, to find one that can begin.
+_MOST: Final = 1_000
 
 #: Name of the runner that stands for the test's process.
 RUNNER: Final = "test"
@@ -103,22 +109,58 @@ def perform_submitted(using: str | None = None) -> list[PerformedRun]:
 
     Without `using` it is the one that submissions go to.
 
-    What the tasks submit in turn is performed too. `run_after` is not waited for. The `Run` rows are afterwards what
-    they would be with a tree.
+    What the tasks submit in turn is performed too: a child when its parent waits for it, else afterwards; a run that
+    comes after others when they have ended. `run_after` is not waited for. The `Run` rows are afterwards what they
+    would be with a tree.
     """
     done: list[PerformedRun] = []
     using = using or outbox.alias_of(None)
-    while True:
-        submissions, refusals = outbox_reader.read(using, (), 1)
-        projection.settle(using, refusals)
-        if not submissions and not refusals:
-            return done
-        for submission in submissions:
-            definition = registry.find(submission.task)
-            projection.settle(using, [Submitted(id=submission.id, run=submission.id)])
-            performed = _perform(submission, definition)
-            projection.write(using, [_transition(submission, performed)])
-            done.append(performed)
+    performing = _performing.set(done)
+    try:
+        while pending := _pending(using):
+            ids = {submission.id for submission in pending}
+            # A run comes before those after it, and each of these names only older ones: there is one that can begin.
+            _perform_entry(next(one for one in pending if ids.isdisjoint(one.after)), using)
+    finally:
+        _performing.reset(performing)
+    return done
+
+
+def _pending(using: str) -> list[Submit]:
+    submissions, refusals = outbox_reader.read(using, (), _MOST)
+    projection.settle(using, refusals)
+    return submissions
+
+
+def _perform_entry(submission: Submit, using: str) -> dict[str, Any]:
+    """Perform what was submitted; return what others hear of its end."""
+    definition = registry.find(submission.task)
+    projection.settle(using, [Submitted(id=submission.id, run=submission.id)])
+    runs = Run.objects.using(using).in_bulk([uuid.UUID(id) for id in submission.after])
+    before = [_outcome(runs[uuid.UUID(id)]) for id in submission.after]
+    failed = next((told for told in before if told["status"] != RunStatus.SUCCESSFUL.value), None)
+    if failed is None:
+        performed = _perform(submission, definition, json.dumps(before).encode())
+    else:
+        cancelled = failed["status"] == RunStatus.CANCELLED.value
+        performed = PerformedRun(
+            id=submission.id,
+            task=submission.task,
+            status=(RunStatus.CANCELLED if cancelled else RunStatus.FAILED).value,
+            error={
+                "code": "dependency_failed",
+                "message": f"it comes after {failed['run']}",
+                "run": failed["run"],
+            },
+        )
+    projection.write(using, [_transition(submission, performed)])
+    _performing.get([]).append(performed)
+    return _outcome(Run.objects.using(using).get(id=submission.id))
+
+
+def _outcome(run: Run) -> dict[str, Any]:
+    told: dict[str, Any] = {"run": str(run.id), "task": run.task, "status": run.status}
+    return told | ({"error": run.error} if run.error else {"result": run.result})
 
 
 @contextmanager
@@ -136,15 +178,27 @@ def inputs(**told: Iterable[Mapping[str, Any]]) -> Iterator[None]:
 
 _told: ContextVar[Mapping[str, list[dict[str, Any]]]] = ContextVar("bulkhead_told")
 
+#: What was performed by the present `perform_submitted`, children included.
+_performing: ContextVar[list[PerformedRun]] = ContextVar("bulkhead_performing")
+
 
 class _Script(Mail):
-    """What `inputs` says."""
+    """What `inputs` says. A child is performed when its end is asked for."""
+
+    beside = False
+
+    def __init__(self, using: str) -> None:
+        super().__init__()
+        self._using = using
 
     def inbox(self, name: str) -> Inbox:
         if name not in self._inboxes:
             self._inboxes[name] = _ScriptedInbox()
             for message in _told.get({}).get(name, ()):
                 self._inboxes[name].put(message)
+            for child in _pending(self._using) if name.startswith(ENDED) else ():
+                if child.id == name.removeprefix(ENDED):
+                    self._inboxes[name].put(_perform_entry(child, self._using))
         return self._inboxes[name]
 
 
@@ -169,12 +223,12 @@ class _Events:
         self.event(progress.token, "run.progress", progress.data)
 
 
-def _perform(submission: Submit, definition: TaskDefinition) -> PerformedRun:
+def _perform(submission: Submit, definition: TaskDefinition, after: bytes = b"[]") -> PerformedRun:
     """Make attempts until one is the last."""
     performed = PerformedRun(id=submission.id, task=definition.info.name)
     while True:
         performed.attempts += 1
-        finished = _attempt(submission, definition, performed)
+        finished = _attempt(submission, definition, performed, after)
         if finished.retry_in is None:
             break
     if finished.ending == Ending.RETURNED:
@@ -189,7 +243,9 @@ def _perform(submission: Submit, definition: TaskDefinition) -> PerformedRun:
     return performed
 
 
-def _attempt(submission: Submit, definition: TaskDefinition, performed: PerformedRun) -> Finished:
+def _attempt(
+    submission: Submit, definition: TaskDefinition, performed: PerformedRun, after: bytes
+) -> Finished:
     limits = get_settings().limits
     info = definition.info
     start = Start(
@@ -202,9 +258,10 @@ def _attempt(submission: Submit, definition: TaskDefinition, performed: Performe
         row=submission.row,
         max_attempts=submission.max_attempts or info.max_attempts,
         metadata=json.dumps({**info.metadata, **submission.metadata}).encode(),
+        after=after,
     )
     spec = RunnerSpec(id=RUNNER, event_limit=limits.event_bytes, result_limit=limits.result_bytes)
-    attempt = Attempt(start, definition, _Events(performed), spec, _Script())
+    attempt = Attempt(start, definition, _Events(performed), spec, _Script(submission.using))
     performed.exception = None
     speaker = current.speaker.set(attempt)
     try:

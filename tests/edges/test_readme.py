@@ -380,6 +380,29 @@ def by_the_clock(reader: Reader, text: str) -> None:
     assert "'accounts.look_for_mail'" in told
 
 
+def families(reader: Reader, text: str) -> None:
+    """An app of its own, with a pool, a database, a tree of its own."""
+    (reader.folder / "albums").mkdir()
+    reader.write("albums/__init__.py", "")
+    reader.write("albums/tasks.py", text)
+    reader.write(
+        "printer.py",
+        "from mysite.settings import *\nINSTALLED_APPS = [*INSTALLED_APPS, 'albums']\n"
+        "TASKKIT = TASKKIT | {'POOLS': {'books': {'runners': 1}}}\n"
+        "DATABASES = {'default': {**DATABASES['default'], 'NAME': BASE_DIR / 'albums.sqlite3'}}\n",
+    )
+    reader.sh("python manage.py migrate --settings printer")
+    reader.write(
+        "printing.py",
+        "import django; django.setup()\nfrom taskkit.testing import live_tree, wait_for_run\n"
+        "from albums.tasks import album, print_album\nfrom taskkit import submit\n"
+        "with live_tree():\n    print(wait_for_run(submit(album, [3])).result)\n"
+        "    print(wait_for_run(print_album()).result)\n",
+    )
+    told = reader.sh("DJANGO_SETTINGS_MODULE=printer python printing.py")
+    assert told.split("\n")[-3:-1] == ["600", "[100, 200]"]
+
+
 def schedules_of_django(reader: Reader, text: str) -> None:
     """In a process of the project's, whose tree is there."""
     reader.write("monthly.py", f"import django; django.setup()\n{text}print(row.id)\n")
@@ -465,6 +488,7 @@ WAYS: dict[str, Callable[[Reader, str], None]] = {
     "# reports/tests.py": own_tests,
     "# accounts/tasks.py": by_the_clock,
     "schedules.create(": schedules_of_django,
+    "# albums/tasks.py": families,
     "# mysite/settings.py": tutorial_settings,
     "# mysite/urls.py": tutorial_file,
     "# photos/tasks.py": tutorial_file,

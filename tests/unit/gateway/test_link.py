@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
+import msgspec
 import pytest
 import trio
 
@@ -82,6 +83,52 @@ async def test_an_outbox_row_becomes_a_run_and_only_one(tmp_path: Path) -> None:
         (run,) = g.engine.book.runs.values()
         assert (run.id, run.priority, run.tags, run.subject) == (submit.id, 3, ("a",), "bob")
         assert (run.using, run.origin, run.kwargs) == ("other", "outbox", b'{"n":5}')
+
+
+async def test_a_row_may_come_before_the_one_that_it_comes_after(tmp_path: Path) -> None:
+    async with gate(tmp_path) as g, linked(g) as courier:
+        first, second = Submit(id=new_run_id(), task="t.f"), Submit(id=new_run_id(), task="t.f")
+        courier.channel.send(msgspec.structs.replace(second, after=[first.id]))
+        await trio.sleep(0.1)
+        courier.channel.send(first)
+        assert {(await courier.next(Submitted)).run for _ in range(2)} == {first.id, second.id}
+        assert g.engine.book.waiting == 2
+        assert len(g.engine.book.flows) == 1
+
+
+async def test_a_row_that_comes_after_a_refused_one_is_refused_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(link, "_RELATIVE_SECONDS", 600.0)
+    async with gate(tmp_path) as g, linked(g) as courier:
+        bad = Submit(id=new_run_id(), task="t.none")
+        courier.channel.send(bad)
+        assert (await courier.next(Submitted)).code == "unknown-task"
+        courier.channel.send(Submit(id=new_run_id(), task="t.f", after=[bad.id]))
+        answer = await courier.next(Submitted)
+        assert (answer.code, bad.id in answer.error) == ("invalid-arguments", True)
+
+
+async def test_a_row_that_comes_after_none_is_refused_in_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(link, "_RELATIVE_SECONDS", 0.1)
+    async with gate(tmp_path) as g, linked(g) as courier:
+        courier.channel.send(Submit(id=new_run_id(), task="t.f", after=[new_run_id()]))
+        assert (await courier.next(Submitted)).code == "invalid-arguments"
+        assert g.engine.book.waiting == 0
+
+
+async def test_a_child_that_the_gateway_refuses_has_failed_for_its_parent(tmp_path: Path) -> None:
+    async with gate(tmp_path) as g, linked(g) as courier:
+        parent, bad = Submit(id=new_run_id(), task="t.f"), Submit(id=new_run_id(), task="t.none")
+        courier.channel.send(parent)
+        await courier.next(Submitted)
+        courier.channel.send(msgspec.structs.replace(bad, parent=parent.id))
+        assert (await courier.next(Submitted)).code == "unknown-task"
+        run = g.engine.book.find(parent.id)
+        assert run is not None
+        assert (run.children, run.children_ended, run.children_failed) == (1, 1, 1)
 
 
 @pytest.mark.parametrize(

@@ -100,3 +100,36 @@ def test_submissions_are_performed_in_the_open_transaction() -> None:
         assert perform_submitted() == []
         transaction.set_rollback(True)
     assert not Run.objects.exists()
+
+
+@pytest.mark.parametrize("task", ["proj.tree", "proj.atree"])
+def test_children_are_performed_where_they_are_waited_for(task: str) -> None:
+    from taskkit import submit
+    from taskkit.models import Run
+    from taskkit.testing import perform_submitted
+
+    with transaction.atomic():
+        parent = submit(task, [[1, {"n": 2}]])
+        done = perform_submitted()
+        assert [one.task for one in done] == ["proj.leaf", "proj.leaf", task]
+        assert done[-1].check().result == [1, {"n": 2}]
+        assert (done[-1].id, {run.status for run in Run.objects.all()}) == (parent.id, {"SUCCESSFUL"})
+        transaction.set_rollback(True)
+
+
+def test_what_comes_after_others_is_performed_after_them() -> None:
+    from taskkit import chain, step
+    from taskkit.testing import perform_submitted
+    from tests.project import tasks
+
+    with transaction.atomic():
+        good = chain(
+            step(tasks.leaf, 1), [step(tasks.collected, 2), step(tasks.collected, 3)], step(tasks.collected)
+        )
+        bad = chain(step(tasks.leaf, "bad"), step(tasks.collected), step(tasks.collected))
+        done = {one.id: one for one in perform_submitted()}
+        assert done[good[-1].id].result == [[1, 2], [1, 3]]
+        errors = [done[one.id].error or {} for one in bad]
+        assert [error["code"] for error in errors] == ["raised", "dependency_failed", "dependency_failed"]
+        assert [done[one.id].attempts for one in bad] == [1, 0, 0]
+        transaction.set_rollback(True)
