@@ -26,6 +26,7 @@ import tempfile
 import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from types import FrameType
 from typing import IO, NamedTuple
 
 from tests.lots import FOLDERS, ROOT, Lot, Work, close, deal, perform
@@ -49,7 +50,7 @@ class Phase(NamedTuple):
 #: One after the other. For about half of its time a lot waits, so three keep two cores busy; those that kill whatever
 #: lives in a tree for minutes have one neighbour, and what measures time has none.
 PHASES = (
-    Phase(3, {"moments": 1, "e2e": 6, "unit": 6, "edges": 2, "bench-smoke": 1, "arch": 1}),
+    Phase(3, {"moments": 1, "e2e": 5, "unit": 4, "edges": 2, "bench-smoke": 1, "arch": 1}),
     Phase(2, {"guards": 1, "chaos": 1}),
     Phase(1, {"alone": 1}),
 )
@@ -240,13 +241,22 @@ def main(arguments: Sequence[str]) -> int:
     if not provide_packages([package for package in packages if package.group not in without]):
         return 2
     # A shell lets what it runs in the background ignore a Ctrl-C; pytest would never stop its trees then.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    before = signal.signal(signal.SIGINT, interrupt_once)
     started = time.monotonic()
     compile_sources()
-    outcomes = run_groups([group for group in GROUPS if group not in without], for_pytest)
+    try:
+        outcomes = run_groups([group for group in GROUPS if group not in without], for_pytest)
+    finally:
+        signal.signal(signal.SIGINT, before)
     print("\n== summary ==")
     print(summary(outcomes, without, time.monotonic() - started))
     return 1 if any(outcome.failed for outcome in outcomes) else 0
+
+
+def interrupt_once(number: int, frame: FrameType | None) -> None:
+    """Raise KeyboardInterrupt, and never again: `timeout` sends two, and what is begun has to be ended."""
+    signal.signal(number, signal.SIG_IGN)
+    raise KeyboardInterrupt
 
 
 def run_groups(groups: Sequence[str], arguments: Sequence[str]) -> list[Outcome]:

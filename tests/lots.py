@@ -178,14 +178,14 @@ def perform(lots: Sequence[Work], hands: int) -> None:
         time.sleep(LOOK)
 
 
-def close(lots: Sequence[Lot], patience: float = 2.0) -> None:
+def close(lots: Sequence[Lot], patience: float = 5.0) -> None:
     """End what still runs.
 
     Args:
       patience: seconds in which they may end by themselves. A Ctrl-C has reached them as well, and another one
         would end them in the middle of their cleaning up.
     """
-    for seconds in (patience, 15.0):
+    for seconds in (patience, 12.0):  # less than the 20 s after which .ci/run kills
         end = time.monotonic() + seconds
         running = [lot for lot in lots if not lot.is_gone_within(end - time.monotonic())]
         if seconds == patience:

@@ -70,6 +70,7 @@ def end_of(tree: Tree, run: str) -> dict[str, Any]:
     return seen(tree, run)
 
 
+@pytest.mark.alone
 def test_no_more_begin_in_any_such_time_through_deaths_of_the_gateway(tree: Tree) -> None:
     runs = submit(tree, *({"task": "proj.metered"} for _ in range(10)))
     for done in (2, 5):

@@ -145,7 +145,7 @@ def test_lots_that_are_closed_clean_up_and_are_gone(tmp_path: Path) -> None:
 
 
 def test_an_interrupt_ends_all_lots(tmp_path: Path) -> None:
-    """The command is told, as by `timeout`; it began where a Ctrl-C is ignored, as what a shell runs with `&` is."""
+    """The command is told twice, as by `timeout`; it began where a Ctrl-C is ignored, as behind a shell's `&`."""
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
         write(tmp_path / name, WAITS.format(folder=str(tmp_path / name)))
@@ -170,6 +170,7 @@ def test_an_interrupt_ends_all_lots(tmp_path: Path) -> None:
     try:
         for name in ("one", "two"):
             eventually((tmp_path / name / "begun").exists, 60, "the tests")
+        process.send_signal(signal.SIGINT)
         process.send_signal(signal.SIGINT)
         assert process.wait(60) != 0
     finally:
