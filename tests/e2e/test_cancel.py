@@ -44,10 +44,12 @@ CASES = (
     # asked, they stop
     Case("patient", says="cleaned_up"),
     Case("apatient", says="cleaned_up"),
+    Case("busy_loop", says="cleaned_up"),
     Case("swallow"),
     Case("slow_gen", says="cleaned_up", ready="progress"),
     Case("slow_agen", says="cleaned_up", ready="progress"),
     Case("with_child"),
+    Case("with_tree"),
     Case("with_async_child"),
     Case("with_deaf_child"),
     Case("daemonise", ready="daemon"),

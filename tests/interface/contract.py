@@ -23,6 +23,7 @@ from django.test import SimpleTestCase, TestCase, TransactionTestCase, override_
 from django.utils import timezone
 from django.utils.module_loading import import_string
 
+from taskkit import registry
 from taskkit.backend import BulkheadBackend, BulkheadTask
 from taskkit.models import Outbox, Run
 from taskkit.testing import perform_submitted
@@ -141,6 +142,14 @@ class Definitions(SimpleTestCase):
             made = tasks.task(max_attempts=3, takes_context=True)(tasks.flaky.func)
             self.assertNotIsInstance(made, BulkheadTask)
             self.assertIs(made.takes_context, True)
+
+    def test_what_is_a_task_follows_a_setting_that_a_test_overrides(self) -> None:
+        self.assertIn("shop.later", registry.known())
+        with override_settings(
+            TASKS={"default": {"BACKEND": f"{PACKAGE}.backends.immediate.ImmediateBackend"}}
+        ):
+            self.assertNotIn("shop.later", registry.known())
+        self.assertIn("shop.later", registry.known())
 
     def test_a_task_can_be_pickled_where_django_s_own_can(self) -> None:
         if PACKAGE == "django.tasks" and django.VERSION >= (6, 1):

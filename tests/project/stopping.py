@@ -86,6 +86,35 @@ def with_child() -> None:
 
 
 @task
+def busy_loop() -> None:
+    """Count for ever, in Python."""
+    emit("ready")
+    number = 0
+    try:
+        while True:
+            number += 1
+    finally:
+        emit("cleaned_up")
+
+
+#: Programs three deep, the last two in sessions of their own; each says its id.
+TREE = (
+    "import os, subprocess, sys, time; depth = int(sys.argv[1]); print(os.getpid(), flush=True); "
+    "depth and subprocess.Popen([sys.executable, '-c', sys.argv[2], str(depth - 1), sys.argv[2]], "
+    "start_new_session=True); time.sleep(300)"
+)
+
+
+@task
+def with_tree() -> None:
+    """Wait for a program that has started another, which has started a third."""
+    child = subprocess.Popen([sys.executable, "-c", TREE, "2", TREE], stdout=subprocess.PIPE)
+    assert child.stdout is not None
+    emit("ready", {"pids": [int(child.stdout.readline()) for _ in range(3)]})
+    child.wait()
+
+
+@task
 def with_deaf_child() -> None:
     """Wait for a program that does not mind SIGTERM."""
     child = subprocess.Popen([sys.executable, "-c", DEAF], stdout=subprocess.PIPE)
