@@ -277,7 +277,11 @@ class BulkheadBackend(BaseTaskBackend):
             )
         database = self.options.get("DATABASE")
         if database is not None and database not in connections:
-            yield Error(f"{where}: OPTIONS['DATABASE'] = {database!r} is not in DATABASES", id="taskkit.E006")
+            yield Error(
+                f"{where}: OPTIONS['DATABASE'] = {database!r} is not in DATABASES",
+                hint=f"It may be {', '.join(map(repr, connections))}; without it the routers decide.",
+                id="taskkit.E006",
+            )
         for queue in sorted(self.queues):
             if pool_of(queue) != queue:
                 yield Warning(

@@ -41,7 +41,8 @@ def check_settings(app_configs: Sequence[AppConfig] | None, **kwargs: Any) -> li
     try:
         found = read_settings()
     except TaskkitImproperlyConfigured as error:
-        return [Error(str(error), id="taskkit.E001")]
+        hint = "Correct it in TASKKIT, or in the environment (TASKKIT_<KEY>); the README has a table of all keys."
+        return [Error(str(error), hint=hint, id="taskkit.E001")]
     return [*uncallable(found.get("TOKEN_CLAIMS")), *_relative(found), *_hidden(found)]
 
 
@@ -128,7 +129,8 @@ def _uncollectable() -> list[CheckMessage]:
     try:
         registry.load()
     except (TaskkitError, ImproperlyConfigured, ValueError) as error:
-        return [Error(str(error), id="taskkit.E003")]
+        hint = "The tree cannot start with it: correct the task, or leave its module out of INSTALLED_APPS."
+        return [Error(str(error), hint=hint, id="taskkit.E003")]
     return []
 
 

@@ -21,6 +21,22 @@ def test_the_tests_project_is_clean() -> None:
     assert _found() == []
 
 
+def test_every_message_has_a_hint() -> None:
+    import ast
+    from pathlib import Path
+
+    from taskkit import backend, checks
+
+    made = [
+        call
+        for module in (backend, checks)
+        for call in ast.walk(ast.parse(Path(module.__file__).read_text()))
+        if isinstance(call, ast.Call) and getattr(call.func, "id", "") in ("Error", "Warning")
+    ]
+    assert len(made) >= 12
+    assert all({"hint", "id"} <= {keyword.arg for keyword in call.keywords} for call in made)
+
+
 def test_a_wrong_setting_is_e001_with_key_and_value() -> None:
     [(id_, message)] = _found(BIND="nonsense")
     assert id_ == "taskkit.E001"
