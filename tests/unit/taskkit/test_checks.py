@@ -37,6 +37,19 @@ def test_every_message_has_a_hint() -> None:
     assert all({"hint", "id"} <= {keyword.arg for keyword in call.keywords} for call in made)
 
 
+def test_every_id_is_in_the_module_s_text_and_in_the_readme() -> None:
+    import re
+    from pathlib import Path
+
+    from taskkit import backend, checks
+    from tests.helpers import ROOT
+
+    code = "".join(Path(module.__file__).read_text() for module in (backend, checks))
+    ids = set(re.findall(r'id="(taskkit\.[EW]\d+)"', code))
+    assert set(re.findall(r"^(taskkit\.[EW]\d+)  ", checks.__doc__ or "", re.MULTILINE)) == ids
+    assert set(re.findall(r"^\| `(taskkit\.[EW]\d+)`", (ROOT / "README.md").read_text(), re.MULTILINE)) == ids
+
+
 def test_a_wrong_setting_is_e001_with_key_and_value() -> None:
     [(id_, message)] = _found(BIND="nonsense")
     assert id_ == "taskkit.E001"
