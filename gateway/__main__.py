@@ -201,7 +201,12 @@ async def _live(
         await retention.inherit()
     door = DoorTally()
     authenticator = Authenticator(
-        key, configure.allowed_hosts, settings.cors_origins, desk=engine, limits=settings.limits
+        key,
+        configure.allowed_hosts,
+        settings.cors_origins,
+        desk=engine,
+        limits=settings.limits,
+        channels=settings.async_request.anonymous,
     )
     app = build_app(engine, authenticator, retention, door)
     async with trio.open_nursery() as nursery:

@@ -12,6 +12,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from gateway.api import Api
 from gateway.auth import Authenticator, HostGuard, TicketCookies
+from gateway.background import BackgroundRoutes
 from gateway.face import Engine
 from gateway.metrics import Metrics
 from gateway.openapi import OpenApi
@@ -73,6 +74,7 @@ def all_routes(
     routes: list[BaseRoute] = [
         *Api(engine, authenticator, retention).routes(),
         *SeedRoutes(engine, authenticator).routes(),
+        *BackgroundRoutes(engine, authenticator).routes(),
         *Script().routes(),
         *Sockets(engine, authenticator).routes(),
         Metrics(engine, authenticator, retention, door).route(),

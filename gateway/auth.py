@@ -22,7 +22,7 @@ from gateway.failures import Failures, address_of
 from gateway.problems import problem
 from gateway.reading import TICKET, Refusal
 from gateway.sessions import Sessions
-from taskkit import tokens
+from taskkit import background, tokens
 from taskkit.errors import Forbidden
 from taskkit.settings import LimitSettings, is_loopback
 from taskkit.tokens import Claims, Ticket, TokenError, Use
@@ -87,6 +87,7 @@ class Authenticator:
       key: what tokens are signed with.
       allowed_hosts: accepted names of this host besides loopback ones; patterns as in Django's ALLOWED_HOSTS.
       cors_origins: origins whose pages may use a cookie here.
+      channels: whether the name of a channel admits a client without credentials (taskkit.background).
       clock: returns monotonic seconds, by which failures age.
 
     Attributes:
@@ -102,6 +103,7 @@ class Authenticator:
         *,
         desk: Desk,
         limits: LimitSettings | None = None,
+        channels: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         limits = LimitSettings() if limits is None else limits
@@ -113,6 +115,7 @@ class Authenticator:
         self.bad_tokens: Counter[str] = Counter()
         self._failures = Failures(limits.auth_failures)
         self._known: OrderedDict[str, Claims] = OrderedDict()
+        self._channels = channels
         self._clock = clock
 
     def claims(self, request: HTTPConnection) -> Claims:
@@ -212,7 +215,10 @@ class Authenticator:
 
     def _verified(self, text: str, uses: tuple[Use, ...] = ("token",)) -> Claims:
         claims = self.known(text)
-        if claims is None:
+        if claims is None and self._channels and background.is_channel(text) and "token" in uses:
+            claims = background.channel_claims(text)
+            self._refuse_revoked(claims)
+        elif claims is None:
             claims = tokens.verify(self.key, text, uses=uses)
             self._refuse_revoked(claims)
             if uses == ("token",) and len(text) <= MAX_KNOWN_TEXT:

@@ -18,6 +18,7 @@ from msgspec import Meta, Struct
 from gateway import snapshot, sse
 from gateway.fields import parse_time
 from gateway.store.rows import RunRow
+from taskkit import background
 from taskkit.identifiers import parse_run_id
 from taskkit.lifecycle import RunStatus
 
@@ -29,13 +30,17 @@ class Words(NamedTuple):
     bazis: str
 
 
-#: Neither seed can cancel: for their clients a cancelled run has failed, and its error says why.
+#: Flowrra's words. Neither seed can cancel: for their clients a cancelled run has failed, and its error says why.
+_FLOWRRA: Final[Mapping[RunStatus, str]] = {
+    RunStatus.READY: "pending",
+    RunStatus.RUNNING: "running",
+    RunStatus.SUCCESSFUL: "success",
+    RunStatus.FAILED: "failed",
+    RunStatus.CANCELLED: "failed",
+}
+
 WORDS: Final[Mapping[RunStatus, Words]] = {
-    RunStatus.READY: Words("pending", "pending"),
-    RunStatus.RUNNING: Words("running", "processing"),
-    RunStatus.SUCCESSFUL: Words("success", "completed"),
-    RunStatus.FAILED: Words("failed", "failed"),
-    RunStatus.CANCELLED: Words("failed", "failed"),
+    status: Words(_FLOWRRA[status], background.WORDS[status]) for status in RunStatus
 }
 
 #: A run that waits for its next attempt. bazis's states only go forward.

@@ -36,11 +36,10 @@ from taskkit.errors import InvalidArguments, UnknownTask
 from taskkit.identifiers import new_run_id, parse_run_id
 from taskkit.rates import parse_rate
 from taskkit.settings import LimitSettings, PoolSettings
-from taskkit.wire.messages import LIMITS, Row, TaskInfo
+from taskkit.wire.messages import LIMITS, MAX_CONCURRENCY_KEY, Row, TaskInfo
 
 MAX_TAGS: Final = 20
 MAX_TAG: Final = 100  # characters
-MAX_CONCURRENCY_KEY: Final = 200  # characters
 MAX_METADATA: Final = 16 * 1024  # bytes of JSON; it travels with the run to every process that shows it
 MAX_ATTEMPTS: Final = 100
 

@@ -9,6 +9,8 @@ taskkit.E004  TOKEN_CLAIMS names nothing that can be called
 taskkit.E005  OPTIONS of the backend of TASKS have an unknown key (taskkit.backend)
 taskkit.E006  the backend of TASKS names a database that does not exist (taskkit.backend)
 taskkit.E007  an @schedule can make no run: it is on no task, its arguments do not fit, two have one name
+taskkit.E008  a function that ASYNC_REQUEST names cannot be called
+taskkit.E009  AsyncRequestMiddleware stands before a middleware that has to have its say first
 taskkit.W001  a path in TASKKIT is relative
 taskkit.W002  a queue of TASKS has no pool of its name (taskkit.backend)
 taskkit.W003  browsers have no URL of the gateway: URL is not set, and BIND or UDS is none
@@ -20,7 +22,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Final
 
 from django.apps import apps
 from django.apps.config import AppConfig
@@ -33,6 +35,7 @@ from django.utils.module_loading import autodiscover_modules, import_string
 from taskkit.conf import TaskkitImproperlyConfigured, read_settings
 from taskkit.errors import TaskkitError
 from taskkit.settings import hidden_from_browsers, load_settings
+from taskkit.tasks import MIDDLEWARE
 
 
 @register("taskkit")
@@ -43,19 +46,60 @@ def check_settings(app_configs: Sequence[AppConfig] | None, **kwargs: Any) -> li
     except TaskkitImproperlyConfigured as error:
         hint = "Correct it in TASKKIT, or in the environment (TASKKIT_<KEY>); the README has a table of all keys."
         return [Error(str(error), hint=hint, id="taskkit.E001")]
-    return [*uncallable(found.get("TOKEN_CLAIMS")), *_relative(found), *_hidden(found)]
+    return [*of_site(found), *_relative(found), *_hidden(found)]
 
 
-def uncallable(path: str | None) -> list[CheckMessage]:
-    """Return what is wrong with TOKEN_CLAIMS."""
+def of_site(found: Mapping[str, Any]) -> list[CheckMessage]:
+    """Return what is wrong with what only the site uses, not the tree."""
+    path = found.get("TOKEN_CLAIMS")
+    wrong: list[CheckMessage] = []
+    if reason := _uncallable(path):
+        hint = "Name a function of a request that returns claims, for example 'reports.tokens.claims'."
+        wrong.append(Error(f"TASKKIT: TOKEN_CLAIMS = {path!r}: {reason}", hint=hint, id="taskkit.E004"))
+    return [*wrong, *_requests(found)]
+
+
+#: What functions of a request return that ASYNC_REQUEST names by their dotted paths.
+_OF_REQUEST: Final = {
+    "user": "its user or None, for example 'reports.requests.user_of'",
+    "lane": "a pool's name or None, for example 'reports.requests.lane_of'",
+    "partition": "what it is about or None, for example 'reports.requests.object_of'",
+}
+
+#: What has to stand before AsyncRequestMiddleware.
+_FIRST: Final = (
+    "django.contrib.sessions.middleware.SessionMiddleware",
+    "django.middleware.csrf.CsrfViewMiddleware",
+    "django.contrib.auth.middleware.AuthenticationMiddleware",
+    "django.contrib.auth.middleware.LoginRequiredMiddleware",
+)
+
+
+def _uncallable(path: str | None) -> str:
+    """Return why nobody can call what a setting names by its dotted path."""
     try:
-        if path is None or callable(import_string(path)):
-            return []
-        reason = "it cannot be called"
+        return "" if path is None or callable(import_string(path)) else "it cannot be called"
     except ImportError as error:
-        reason = str(error)
-    hint = "Name a function of a request that returns claims, for example 'reports.tokens.claims'."
-    return [Error(f"TASKKIT: TOKEN_CLAIMS = {path!r}: {reason}", hint=hint, id="taskkit.E004")]
+        return str(error)
+
+
+def _requests(found: Mapping[str, Any]) -> list[CheckMessage]:
+    """Return what is wrong with views that run as tasks."""
+    wrong: list[CheckMessage] = []
+    for name, returned in _OF_REQUEST.items():
+        path = found.get("ASYNC_REQUEST", {}).get(name)
+        if reason := _uncallable(path):
+            hint = f"Name a function of a request that returns {returned}."
+            said = f"TASKKIT: ASYNC_REQUEST.{name} = {path!r}: {reason}"
+            wrong.append(Error(said, hint=hint, id="taskkit.E008"))
+    order = list(getattr(settings, "MIDDLEWARE", ()))
+    ours = order.index(MIDDLEWARE) if MIDDLEWARE in order else len(order)
+    for name in order[ours:]:
+        if name in _FIRST:
+            hint = "Put it last: a request is handed over when everybody before it has seen it."
+            said = f"MIDDLEWARE has {MIDDLEWARE} before {name}, which would not see a request that becomes a task"
+            wrong.append(Error(said, hint=hint, id="taskkit.E009"))
+    return wrong
 
 
 def _relative(found: Mapping[str, Any]) -> list[CheckMessage]:

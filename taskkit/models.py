@@ -14,10 +14,11 @@ from django.db.models import Q
 
 from taskkit import conf
 from taskkit.lifecycle import TERMINAL, RunStatus
+from taskkit.request_models import StoredRequest
 from taskkit.schedule_models import Schedule, Slot
 from taskkit.stream_task import StreamTask
 
-__all__ = ["OPEN", "Node", "Outbox", "Run", "Schedule", "Slot", "StreamTask"]
+__all__ = ["OPEN", "Node", "Outbox", "Run", "Schedule", "Slot", "StoredRequest", "StreamTask"]
 
 #: States of a run that has not ended.
 OPEN: Final = tuple(status.value for status in RunStatus if status not in TERMINAL)

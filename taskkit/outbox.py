@@ -32,7 +32,7 @@ from taskkit.rows import row_address, task_name
 from taskkit.threads import in_thread
 from taskkit.times import moment, unix_time
 from taskkit.wire import codec
-from taskkit.wire.messages import LIMITS, Row, Submit
+from taskkit.wire.messages import LIMITS, MAX_CONCURRENCY_KEY, Row, Submit
 
 if TYPE_CHECKING:
     from taskkit.registry import TaskDefinition
@@ -376,6 +376,10 @@ def check(submission: Submit) -> None:
         seconds = getattr(submission, name)
         if seconds is not None and not 0 < seconds < math.inf:
             raise ValueError(f"{name} = {seconds!r}: it must be a number of seconds above 0")
+    if len(submission.concurrency_key) > MAX_CONCURRENCY_KEY:
+        raise ValueError(
+            f"concurrency_key = {submission.concurrency_key[:60]!r}…: it has at most {MAX_CONCURRENCY_KEY} characters"
+        )
     if submission.max_attempts is not None and submission.max_attempts < 1:
         raise ValueError(f"max_attempts = {submission.max_attempts!r}: it must be at least 1")
     if not all(isinstance(tag, str) for tag in submission.tags):

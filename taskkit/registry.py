@@ -35,6 +35,9 @@ from taskkit.wire.messages import TaskInfo
 #: `BACKEND` in settings.TASKS of the tasks that are ours; compared as text, never imported here.
 BACKEND: Final = "taskkit.backend.BulkheadBackend"
 
+#: The task that performs views for `taskkit.middleware`.
+REQUEST: Final = "taskkit.request"
+
 #: Homes of the class Task: Django 6, its backport for 5.2. Whoever has such an object has imported one.
 _TASK_HOMES: Final = ("django.tasks.base", "django_tasks.base")
 
@@ -116,6 +119,8 @@ def load() -> dict[str, TaskDefinition]:
             )
     if run_finished.receivers or any(definition.interface is not None for definition in found.values()):
         found[ANNOUNCE] = _announce()
+    if tasks.MIDDLEWARE in getattr(settings, "MIDDLEWARE", ()):
+        found[REQUEST] = _request()
     return dict(sorted(found.items()))
 
 
@@ -292,6 +297,15 @@ def _announce() -> TaskDefinition:
     options = tasks.options_of(announce.announce)
     assert options is not None
     return _function_task(announce.announce, options, "taskkit")
+
+
+def _request() -> TaskDefinition:
+    """Return the task that performs views: the project has the middleware that hands them over."""
+    from taskkit.async_request import performing  # it takes Django's handlers, which few need
+
+    options = tasks.options_of(performing.request)
+    assert options is not None
+    return _function_task(performing.request, options, "taskkit")
 
 
 # --- models

@@ -170,6 +170,46 @@ class BreakerSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     exempt: list[str] = []
 
 
+class AsyncRequestSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Views that run as tasks (`taskkit.middleware.AsyncRequestMiddleware`).
+
+    Attributes:
+      user: dotted path of a function of a request that returns its user, or None, for those who do not log in to the
+        site's session.
+      anonymous: whether clients without credentials are served, by the name of a channel that they choose.
+      pool: that performs requests.
+      lane: dotted path of a function of a request that returns another pool's name, or None.
+      partition: dotted path of a function of a request that returns what it is about, or None: requests about the same
+        are performed in their order. Without it: the header X-Partition-Key, else `data.id` of a JSON body.
+      drop_headers: that are not kept, besides Authorization, X-CSRFToken and the cookies that log in.
+      body_bytes: of a request; then 413.
+      response_bytes: kept of an answer's body; the events of a streaming view have all of it.
+      kept_seconds: for which a request can be performed again, and its result asked for.
+      away: without a tree, a request waits for one ("queue"), is performed at once as any other ("run"), or gets 503
+        ("refuse").
+    """
+
+    user: str | None = None
+    anonymous: bool = False
+    pool: str = "default"
+    lane: str | None = None
+    partition: str | None = None
+    drop_headers: list[str] = []
+    body_bytes: _Positive = 32 * 1024 * 1024
+    response_bytes: Annotated[int, Meta(ge=1, le=6_291_456)] = 4 * 1024 * 1024
+    kept_seconds: Annotated[float, Meta(ge=1, le=31_536_000)] = 86_400.0
+    away: Literal["queue", "run", "refuse"] = "queue"
+
+
+#: Keys of TASKKIT that have keys of their own.
+_GROUPS: Final[Mapping[str, Any]] = {
+    "LIMITS": LimitSettings,
+    "BREAKER": BreakerSettings,
+    "RETENTION": RetentionSettings,
+    "ASYNC_REQUEST": AsyncRequestSettings,
+}
+
+
 class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, rename="upper"):
     """Everything that can be set.
 
@@ -191,6 +231,7 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, re
         per commit.
       intake_runners: runners that validate and save model tasks submitted over HTTP.
       start_on_connect: whether a GET on a seed's route may start a row that never ran.
+      async_request: views that run as tasks.
       fast_path: whether plain requests for streams, subscribers who are up to date, are served past the HTTP library.
     """
 
@@ -210,6 +251,7 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, re
     durability: Literal["process", "power"] = "process"
     intake_runners: Annotated[int, Meta(ge=0)] = 1
     start_on_connect: bool = False
+    async_request: AsyncRequestSettings = AsyncRequestSettings()
     fast_path: bool = True
 
     def replace(self, **fields: Any) -> Settings:
@@ -247,13 +289,7 @@ def _convert(value: Any, type: Any, source: str, prefix: str = "") -> Any:
         key, shown = _where(path.rstrip("`"), value)
         key = ".".join(filter(None, (prefix, key)))
         if "unknown field" in reason:
-            kind = type if prefix else Settings
-            if not prefix and key == "LIMITS":
-                kind = LimitSettings
-            if not prefix and key == "BREAKER":
-                kind = BreakerSettings
-            if not prefix and key == "RETENTION":
-                kind = RetentionSettings
+            kind = type if prefix else _GROUPS.get(key, Settings)
             known = ", ".join(field.encode_name for field in msgspec.structs.fields(kind))
             reason += f"; the keys are {known}"
         if "enum value" in reason and (values := _values_of(key.rpartition(".")[2], type)):

@@ -9,13 +9,16 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable
-from typing import Annotated, Any, Literal, TypeVar, overload
+from typing import Annotated, Any, Final, Literal, TypeVar, overload
 
 import msgspec
 from msgspec import Meta, Struct
 
 from taskkit.identifiers import is_task_name
 from taskkit.rates import parse_rate
+
+#: In settings.MIDDLEWARE of a project whose views may run as tasks: there is a task more then.
+MIDDLEWARE: Final = "taskkit.middleware.AsyncRequestMiddleware"
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -33,13 +36,13 @@ class TaskOptions(Struct, frozen=True, kw_only=True):
       priority: -100 … 100, larger is sooner (django.tasks).
       timeout: seconds per attempt, then it is ended (hard); None leaves it to the pool.
       soft_timeout: seconds per attempt, then it is asked to stop: `SoftTimeout` is raised in a synchronous task,
-      an asynchronous one is cancelled.
+        an asynchronous one is cancelled.
       cpu_timeout: seconds of CPU per attempt, the processes it has started included.
       stall_timeout: seconds without an event, then it is asked to stop, and ended if it does not.
       schedule_timeout: seconds that a run may wait to be started for the first time; then it fails unstarted.
       max_attempts: how often an attempt that raises or crashes may be made, at most.
       backoff: called in the runner with (exception, task_result); seconds until the next attempt, None
-      gives up.
+        gives up.
       concurrency: runs that may be under way at once, of those that share a `concurrency_key`; None: any number.
       rate_limit: attempts that may begin in any such time, of those that share a `concurrency_key`: "10/m", "3/30s".
       memory_limit: bytes of address space of the runner; None leaves it to the pool.

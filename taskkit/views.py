@@ -21,6 +21,7 @@ from django.views.decorators.csrf import csrf_exempt
 from taskkit import tokens
 from taskkit.conf import get_settings, key_file
 from taskkit.errors import SettingsError
+from taskkit.problems import private, problem
 
 logger = logging.getLogger("bulkhead.django")
 
@@ -29,13 +30,6 @@ TOKEN_SECONDS: Final = 3600.0
 
 #: What TOKEN_CLAIMS may say; the names are those of `taskkit.tokens.issue`.
 _CLAIMS: Final = frozenset({"actions", "runs", "tasks", "ttl", "subject"})
-
-_TITLES: Final = {
-    401: "Login needed",
-    403: "Forbidden",
-    405: "Method not allowed",
-    503: "Not available now",
-}
 
 
 def own_runs(request: HttpRequest) -> dict[str, Any]:
@@ -56,7 +50,7 @@ class _Csrf(CsrfViewMiddleware):
     """Django's check with an answer that a script can read."""
 
     def _reject(self, request: HttpRequest, reason: str) -> HttpResponse:
-        return _problem(403, "csrf", f"{reason} Send the CSRF token as the header X-CSRFToken.")
+        return problem(403, "csrf", f"{reason} Send the CSRF token as the header X-CSRFToken.")
 
 
 def _serve(request: HttpRequest) -> HttpResponse:
@@ -65,24 +59,24 @@ def _serve(request: HttpRequest) -> HttpResponse:
     401 without a logged-in user, 403 when TOKEN_CLAIMS refuses one or the CSRF token is not right.
     """
     if request.method != "POST":
-        return _problem(405, "method-not-allowed", "send a POST", Allow="POST")
+        return problem(405, "method-not-allowed", "send a POST", Allow="POST")
     user = getattr(request, "user", None)
     if user is None or not user.is_authenticated:
-        return _problem(401, "login-needed", "log in first", **{"WWW-Authenticate": 'Session realm="django"'})
+        return problem(401, "login-needed", "log in first", **{"WWW-Authenticate": 'Session realm="django"'})
     claims = _claims_of(request)
     if claims is None:
-        return _problem(403, "forbidden", "this user may not follow runs")
+        return problem(403, "forbidden", "this user may not follow runs")
     try:
         key = tokens.load_key(key_file())
     except SettingsError as error:
         logger.error("no token for a user: %s", error)
-        return _problem(503, "unavailable", "tokens cannot be signed now; the site's log says why")
+        return problem(503, "unavailable", "tokens cannot be signed now; the site's log says why")
     text = tokens.issue(key, **claims)
     issued = tokens.verify(key, text)
     answer = {"token": text, "expires_at": _rfc3339(issued.expires_at)}
     if request.POST.get("ticket"):
         answer |= _ticket(key, claims, issued.id)
-    return _private(JsonResponse(answer))
+    return private(JsonResponse(answer))
 
 
 # The check of our own stands in for the project's, whose answer is a page.
@@ -119,20 +113,3 @@ def _ticket(key: bytes, claims: dict[str, Any], parent: str) -> dict[str, str]:
 
 def _rfc3339(moment: float) -> str:
     return datetime.fromtimestamp(moment, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
-
-
-def _problem(status: int, code: str, detail: str, **headers: str) -> HttpResponse:
-    document = {
-        "type": f"urn:bulkhead:problem:{code}",
-        "title": _TITLES[status],
-        "status": status,
-        "detail": detail,
-    }
-    media_type = "application/problem+json"
-    return _private(JsonResponse(document, status=status, headers=headers, content_type=media_type))
-
-
-def _private(response: HttpResponse) -> HttpResponse:
-    response.headers["Cache-Control"] = "no-store"
-    response.headers["X-Content-Type-Options"] = "nosniff"
-    return response

@@ -36,6 +36,9 @@ class Row(Struct, frozen=True, kw_only=True, omit_defaults=True):
 #: Options of a task and of a submission that bound a run's time besides `timeout`; see `taskkit.tasks.TaskOptions`.
 LIMITS: Final = ("soft_timeout", "cpu_timeout", "stall_timeout", "schedule_timeout")
 
+#: Longest `concurrency_key`, characters.
+MAX_CONCURRENCY_KEY: Final = 200
+
 
 class TaskInfo(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """One task of the catalogue.

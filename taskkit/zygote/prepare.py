@@ -74,7 +74,7 @@ def load_project(settings_module: str, path: list[str]) -> dict[str, Any]:
     django.setup()
     from taskkit import registry
 
-    _check_claims()
+    _check_site()
     tasks = registry.known()  # cached: the runners forked from here submit without loading once more
     for name in _PRELOADED:
         importlib.import_module(name)
@@ -116,12 +116,12 @@ def _check_installed(module: str) -> None:
         )
 
 
-def _check_claims() -> None:
-    """Refuse a TOKEN_CLAIMS that names nothing to call; the tree does not use it, but a site would find out late."""
-    from taskkit.checks import uncallable
+def _check_site() -> None:
+    """Refuse what the site could not call; the tree does not need it, but a site would find out late."""
+    from taskkit.checks import of_site
     from taskkit.conf import read_settings
 
-    for found in uncallable(read_settings().get("TOKEN_CLAIMS")):
+    for found in of_site(read_settings()):
         raise SettingsError(f"{found.msg}. {found.hint}")
 
 

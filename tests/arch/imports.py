@@ -35,6 +35,7 @@ SHARED = (
     "taskkit.timetable",
     "taskkit.rates",
     "taskkit.tokens",
+    "taskkit.background",
 )
 
 #: What the client adds to them, for the command line and for any program of a user's.
@@ -57,6 +58,7 @@ PURE = (
     "taskkit.claims",
     "taskkit.timetable",
     "taskkit.rates",
+    "taskkit.background",
     "gateway.sse",
     "gateway.dialects",
     "gateway.handshake",

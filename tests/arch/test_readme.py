@@ -9,7 +9,14 @@ from typing import Any
 import msgspec
 import pytest
 
-from taskkit.settings import BreakerSettings, LimitSettings, PoolSettings, RetentionSettings, Settings
+from taskkit.settings import (
+    AsyncRequestSettings,
+    BreakerSettings,
+    LimitSettings,
+    PoolSettings,
+    RetentionSettings,
+    Settings,
+)
 from tests.helpers import ROOT
 
 README = (ROOT / "README.md").read_text()
@@ -24,6 +31,7 @@ def expected() -> dict[str, Any]:
         ("LIMITS.", LimitSettings),
         ("RETENTION.", RetentionSettings),
         ("BREAKER.", BreakerSettings),
+        ("ASYNC_REQUEST.", AsyncRequestSettings),
     )
     for prefix, struct in nested:
         defaults = msgspec.to_builtins(struct())
@@ -32,6 +40,7 @@ def expected() -> dict[str, Any]:
     del found["LIMITS"]  # its own rows say it
     del found["RETENTION"]
     del found["BREAKER"]
+    del found["ASYNC_REQUEST"]
     return found
 
 
@@ -41,7 +50,7 @@ def rows() -> dict[str, str]:
     for line in README.splitlines():
         cells = [cell.strip() for cell in re.split(r"(?<!\\)\|", line.strip().strip("|"))]
         match = re.fullmatch(
-            r"`([A-Z][A-Z_]+|(?:POOLS\.<name>|LIMITS|RETENTION|BREAKER)\.[a-z_]+)`", cells[0]
+            r"`([A-Z][A-Z_]+|(?:POOLS\.<name>|LIMITS|RETENTION|BREAKER|ASYNC_REQUEST)\.[a-z_]+)`", cells[0]
         )
         if match and len(cells) >= 2:
             assert match[1] not in found, f"{match[1]} has two rows"

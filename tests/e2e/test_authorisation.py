@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sqlite3
 import time
 from collections.abc import Callable, Iterator
@@ -66,6 +67,8 @@ GET  /api/v1/schedules/{id}          401  401 401 401 401 404   403    404  403 
 DELETE /api/v1/schedules/{id}        401  401 401 401 401 403   404    403  403    403     403  404 401    401    401
 POST /api/v1/schedules/{id}/enable   401  401 401 401 401 403   404    403  403    403     403  404 401    401    401
 POST /api/v1/schedules/{id}/disable  401  401 401 401 401 403   404    403  403    403     403  404 401    401    401
+GET  /api/v1/async_request_response/{run}/ 401 401 401 401 401 403 403 200 403 403  403  200 200    200    401
+GET  /api/v1/async_background_response/{run}/ 401 401 401 401 401 403 403 200 403 403 403 200 200   200    401
 GET  /stream/{app}/{model}/{pk}      401  401 401 401 401 404   403    200  403    403     403  200 200    200    401
 GET  /stream/{model}/{pk}            401  401 401 401 401 404   403    200  403    403     403  200 200    200    401
 """
@@ -242,7 +245,7 @@ def test_every_route_has_a_row() -> None:
     while not hasattr(app, "routes"):
         app = app.app
     served = {
-        f"{method} {route.path.replace('/runs/{id}', '/runs/{run}')}"
+        f"{method} {re.sub('(?:(?<=/runs/)|(?<=_response/)){id}', '{run}', route.path)}"
         for route in app.routes
         if isinstance(route, Route | WebSocketRoute)
         for method in methods_of(route)

@@ -21,9 +21,9 @@ from playwright.sync_api import Browser, BrowserContext, Locator, Page, expect
 
 from tests.chromium import chromium
 from tests.edges.proxies import free_port
-from tests.helpers import ROOT, Tree, eventually, raw_get
-from tests.processes import standing
+from tests.helpers import ROOT, Tree, eventually
 from tests.proxy import Proxy
+from tests.sites import serving
 
 PICTURES = ROOT / "deploy" / "pictures"
 
@@ -72,31 +72,8 @@ def tree(port: int) -> Iterator[Tree]:
 @pytest.fixture(scope="module")
 def site(tree: Tree, port: int) -> Iterator[str]:
     """Give the origin of the site."""
-    environment = tree.environment() | {
-        "DJANGO_SETTINGS_MODULE": SETTINGS,
-        "TASKKIT_STATE_DIR": str(tree.state_dir),
-        "TASKKIT_URL": tree.url,
-    }
-    log = tree.state_dir / "site.log"
-    command = [sys.executable, "-m", "django", "runserver", "--noreload", "--insecure", f"127.0.0.1:{port}"]
-    with log.open("wb") as output:
-        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=output)
-
-    def answers() -> bool:
-        assert process.poll() is None, log.read_text()
-        try:
-            with raw_get(f"http://127.0.0.1:{port}/admin/login/") as response:
-                return response.status == 200
-        except OSError:
-            return False
-
-    with standing(process.pid):
-        try:
-            eventually(answers, 30, "the site")
-            yield f"http://127.0.0.1:{port}"
-        finally:
-            process.terminate()
-            process.wait(20)
+    with serving(tree, SETTINGS, port, path="/admin/login/") as origin:
+        yield origin
 
 
 @pytest.fixture(scope="module")

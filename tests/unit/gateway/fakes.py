@@ -563,7 +563,12 @@ def app_of(engine: StubEngine) -> Any:
     """Return the application over `engine`."""
     settings = engine.settings
     authenticator = Authenticator(
-        KEY, ["testserver"], settings.cors_origins, desk=engine, limits=settings.limits
+        KEY,
+        ["testserver"],
+        settings.cors_origins,
+        desk=engine,
+        limits=settings.limits,
+        channels=settings.async_request.anonymous,
     )
     return build_app(engine, authenticator, Retention(engine.store, engine.settings, "boot"))
 

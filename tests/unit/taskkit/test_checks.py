@@ -142,3 +142,20 @@ def test_an_admin_without_static_files_is_w004() -> None:
             assert [id_ for id_, _ in _found()] == ["taskkit.W004"]
         with override_settings(STATIC_URL="static/"):
             assert _found() == []
+
+
+@pytest.mark.parametrize("name", ["user", "lane", "partition"])
+def test_functions_for_requests_that_nobody_can_call_are_e008(name: str) -> None:
+    [(id_, message)] = _found(ASYNC_REQUEST={name: "nowhere.at_all"})
+    assert id_ == "taskkit.E008"
+    assert f"ASYNC_REQUEST.{name} = 'nowhere.at_all'" in message
+
+
+def test_what_does_not_see_a_request_that_becomes_a_task_is_e009() -> None:
+    ours, csrf = "taskkit.middleware.AsyncRequestMiddleware", "django.middleware.csrf.CsrfViewMiddleware"
+    with override_settings(MIDDLEWARE=[ours, csrf]):
+        [(id_, message)] = _found()
+    assert id_ == "taskkit.E009"
+    assert csrf in message
+    with override_settings(MIDDLEWARE=[csrf, ours]):
+        assert _found() == []

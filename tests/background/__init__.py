@@ -1,0 +1,1 @@
+"""A site whose views run as tasks when they are asked to."""
