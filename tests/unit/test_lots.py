@@ -38,10 +38,11 @@ WAITS = """
 import pathlib, pytest, time
 @pytest.fixture
 def cleaned():
-    pathlib.Path({folder!r}, "begun").touch()
     yield
     pathlib.Path({folder!r}, "cleaned").touch()
-def test_it(cleaned): time.sleep(60)
+def test_it(cleaned):
+    pathlib.Path({folder!r}, "begun").touch()
+    time.sleep(60)
 """
 
 
