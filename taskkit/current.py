@@ -56,8 +56,8 @@ class Speaker(Protocol):
         """Submit a child of this run, as `taskkit.submit` submits any run.
 
         The stream of this run tells of the child as long as it is open; a child that is not over by then goes on,
-        unless this run was cancelled. Another attempt of this run does not know of children that an earlier one has
-        submitted.
+        unless this run was cancelled. Another attempt of this run submits its children again, but for those with a
+        `key`: each key is one child, whose end is heard by every attempt.
 
         Raises:
           ValueError: the run has 1,000 children.

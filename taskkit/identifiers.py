@@ -5,6 +5,7 @@ Pure: no I/O but the random numbers and the clock of `new_run_id`.
 
 from __future__ import annotations
 
+import hashlib
 import re
 import secrets
 import time
@@ -35,8 +36,17 @@ def new_run_id() -> str:
 
     Ids of one process sort by time to the millisecond. Source: RFC 9562 §5.7.
     """
-    milliseconds = time.time_ns() // 1_000_000
-    value = (milliseconds << 80) | secrets.randbits(80)
+    return _uuid7(time.time_ns() // 1_000_000, secrets.randbits(80))
+
+
+def child_run_id(parent: str, key: str) -> str:
+    """Return the id of the child of `parent` that is known by `key`: whoever asks, whenever, it is the same."""
+    digest = hashlib.sha256(f"{parent}\n{key}".encode()).digest()
+    return _uuid7(uuid.UUID(parent).int >> 80, int.from_bytes(digest[:10]))
+
+
+def _uuid7(milliseconds: int, bits: int) -> str:
+    value = (milliseconds << 80) | bits
     value = (value & ~(0xF << 76)) | (0x7 << 76)  # version 7
     value = (value & ~(0x3 << 62)) | (0x2 << 62)  # variant of RFC 9562
     return str(uuid.UUID(int=value))

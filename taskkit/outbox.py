@@ -26,7 +26,7 @@ from django.utils.functional import Promise
 from taskkit import conf, linux
 from taskkit.conf import get_settings, key_file
 from taskkit.errors import InvalidArguments, LocalWireError
-from taskkit.identifiers import is_task_name, new_run_id, parse_run_id
+from taskkit.identifiers import child_run_id, is_task_name, new_run_id, parse_run_id
 from taskkit.models import OPEN, ROW_KEY_LENGTH, Node, Outbox, Run, StreamTask
 from taskkit.rows import row_address, task_name
 from taskkit.threads import in_thread
@@ -144,6 +144,7 @@ def submit(
     tags: Sequence[str] = (),
     concurrency_key: str = "",
     parent: Any = None,
+    key: str = "",
     after: Iterable[Any] = (),
     subject: str = "",
     backend: str = "",
@@ -161,7 +162,8 @@ def submit(
     `parent` is the run whose child this one is, `after` are runs that it waits for: a handle, a `Run`, or an id each.
     The parent's stream tells of the child, and when the parent is cancelled, so is the child. A run begins when all
     have succeeded that it comes after, whose results it finds in `current_run().after`; if one does not, it ends with
-    the code `dependency_failed`.
+    the code `dependency_failed`. A child with a `key` is submitted once: another attempt of the parent that submits the
+    same key again gets the run that there is.
 
     Name and arguments are checked here, by the tasks that this process knows; its first submission imports
     every app's `tasks` module. What only the gateway can know (its pools, its queue) it says in `RunHandle.run`.
@@ -183,7 +185,7 @@ def submit(
     plain_kwargs = as_json(dict(kwargs or {}), f"kwargs of {name}")
     _check_arguments(definition, plain_args, plain_kwargs)
     submission = Submit(
-        id=new_run_id(),
+        id=_child_id(parent, key) if key else new_run_id(),
         task=name,
         args=plain_args,
         kwargs=plain_kwargs,
@@ -211,9 +213,16 @@ def submit(
             f"concurrency_key = {concurrency_key!r}: {name} has neither `concurrency` nor `rate_limit`, which it could "
             "share"
         )
-    handle = _insert(submission, priority=definition.info.priority, backend=backend, queue=queue)
-    parent_id = submission.parent or "" if handle.new else ""
+    insert = _insert_once if key else _insert
+    handle = insert(submission, priority=definition.info.priority, backend=backend, queue=queue)
+    parent_id = submission.parent or "" if handle.id == submission.id else ""
     return replace(handle, pool=pool or definition.info.pool, parent=parent_id)
+
+
+def _child_id(parent: Any, key: str) -> str:
+    if parent is None:
+        raise ValueError(f"key = {key!r}: it tells the children of one parent apart, and there is no parent")
+    return child_run_id(_id_of(parent), key)
 
 
 def _id_of(run: Any) -> str:
@@ -415,6 +424,30 @@ def _insert(submission: Submit, **shown: Any) -> RunHandle:
         return RunHandle(submission.id, submission.using)
     raise RuntimeError(
         f"{submission.task}: the row's run is taken and not to be seen; repeat in a new transaction"
+    ) from clash
+
+
+def _insert_once(submission: Submit, **shown: Any) -> RunHandle:
+    """Insert a submission whose id is known before, or find what was inserted."""
+    clash: IntegrityError | None = None
+    for _ in range(2):
+        found = Run.objects.using(submission.using).filter(id=submission.id).first()
+        if found is not None:
+            if (found.task, found.args, found.kwargs) != (
+                submission.task,
+                submission.args,
+                submission.kwargs,
+            ):
+                raise ValueError(
+                    f"the child with this key is run {found.id} of {found.task}, with other arguments"
+                )
+            return RunHandle(submission.id, submission.using, new=False)
+        try:
+            return _insert(submission, **shown)
+        except IntegrityError as error:
+            clash = error  # another thread of the parent was faster
+    raise RuntimeError(
+        f"run {submission.id} is taken and not to be seen; repeat in a new transaction"
     ) from clash
 
 

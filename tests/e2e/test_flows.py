@@ -131,6 +131,12 @@ def test_a_chain_with_a_group_goes_on_whoever_dies(tree: Tree, tmp_path: Path) -
     assert [ended(tree, one)["attempt"] for one in steps] == [1] * 4
 
 
+def test_children_with_keys_outlive_an_attempt_of_their_parent(tree: Tree) -> None:
+    run = submit(tree, "shaken", [1, 2, 3])
+    snapshot = ended(tree, run)
+    assert (snapshot["result"], snapshot["attempt"], snapshot["children"]["total"]) == ([1, 2, 3], 2, 3)
+
+
 def test_what_comes_after_a_failure_ends_unstarted(tree: Tree, tmp_path: Path) -> None:
     gate = tmp_path / "gate"
     bad = submit(tree, "leaf", "bad", str(gate))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -83,3 +85,14 @@ def misdirected() -> str:
     (outcome,) = run.wait([run.submit(leaf, pool="nowhere")])
     assert outcome.error is not None
     return str(outcome.error["code"])
+
+
+@task(max_attempts=2)
+def shaken(values: list[Any]) -> list[Any]:
+    """Submit children by key, die in the first attempt, wait for them in the second."""
+    run = current_run()
+    children = [run.submit(leaf, [value], key=f"leaf-{value}") for value in values]
+    if run.attempt == 1:
+        run.wait(children[:1])
+        os.kill(os.getpid(), signal.SIGKILL)
+    return [outcome.result for outcome in run.wait(children)]

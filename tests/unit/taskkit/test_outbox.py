@@ -326,3 +326,55 @@ async def test_async_submission_under_trio() -> None:
 
     handle = await asubmit("proj.echo", [1])
     assert str(Outbox.objects.get().id) == handle.id
+
+
+def test_a_child_with_a_key_is_submitted_once() -> None:
+    from taskkit.identifiers import new_run_id, run_id_time
+    from taskkit.models import Outbox
+    from taskkit.outbox import submit
+
+    parent = new_run_id()
+    first, again = (submit("proj.add", [1, 2], parent=parent, key="sum") for _ in range(2))
+    other = submit("proj.add", [1, 2], parent=new_run_id(), key="sum")
+    assert (first.id, first.new, again.new, again.parent) == (again.id, True, False, parent)
+    assert run_id_time(first.id) == run_id_time(parent)
+    assert other.id != first.id
+    assert Outbox.objects.count() == 2
+    with pytest.raises(ValueError, match="other arguments"):
+        submit("proj.add", [1, 3], parent=parent, key="sum")
+    with pytest.raises(ValueError, match="no parent"):
+        submit("proj.add", [1, 3], key="sum")
+
+
+def test_relatives_are_named_by_handle_row_or_id() -> None:
+    from taskkit import chain, group, step
+    from taskkit.models import Outbox
+    from taskkit.outbox import submit
+
+    first = submit("proj.echo")
+    second = submit("proj.echo", after=[first, first.run(), first.id])
+    assert Outbox.objects.get(id=second.id).payload["after"] == [first.id] * 3
+    with pytest.raises(ValueError, match="is no run"):
+        submit("proj.echo", parent="nobody")
+    both = group([step("proj.echo", 1), step("proj.echo", 2).having(priority=7)], tags=["x"])
+    ends = chain(step("proj.echo"), [step("proj.echo"), step("proj.echo")], step("proj.echo"), after=both)
+    entries = {str(entry.id): entry.payload for entry in Outbox.objects.all()}
+    assert [entries[one.id].get("priority") for one in both] == [None, 7]
+    assert [entries[one.id]["tags"] for one in both] == [["x"]] * 2
+    assert [entries[one.id]["after"] for one in ends] == [
+        [one.id for one in both],
+        *[[ends[0].id]] * 2,
+        [ends[1].id, ends[2].id],
+    ]
+    before = Outbox.objects.count()
+    with pytest.raises(TypeError):
+        group([step("proj.echo"), step("proj.echo", object())])
+    assert Outbox.objects.count() == before, "all or none"
+
+
+def test_a_key_that_nothing_can_share_is_refused() -> None:
+    from taskkit.outbox import submit
+
+    with pytest.raises(ValueError, match="concurrency"):
+        submit("proj.echo", concurrency_key="a")
+    assert submit("proj.narrow", concurrency_key="a").new
