@@ -235,6 +235,16 @@ def test_a_site_that_the_gateway_does_not_let_in_is_told(page: Page, site: str, 
         expect(page.locator("[data-when=shut]")).to_be_visible(timeout=PATIENCE)
 
 
+def test_a_page_under_a_content_security_policy(page: Page, site: str, tree: Tree) -> None:
+    complaints: list[str] = []
+    page.on("console", lambda message: complaints.append(message.text) if message.type == "error" else None)
+    run = tree.submit("proj.telling", n=20, delay=0.05)["id"]
+    page.goto(f"{site}/runs/{run}/?log&csp")
+    says(page, "SUCCESSFUL")
+    assert value(page) == 1
+    assert not [text for text in complaints if "Content Security Policy" in text or "Refused" in text]
+
+
 # -- the admin
 
 

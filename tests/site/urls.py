@@ -6,11 +6,21 @@ from django.shortcuts import render
 from django.urls import path
 from django.views.decorators.cache import never_cache
 
+from taskkit.conf import gateway_url
+
 
 @never_cache
 def run_page(request: HttpRequest, run: str) -> HttpResponse:
-    """Serve a page that shows a run, `?log` with what it prints."""
-    return render(request, "run.html", {"run": run, "log": "log" in request.GET})
+    """Serve a page that shows a run, `?log` with what it prints, `?csp` under the policy that the README has."""
+    response = render(
+        request, "run.html", {"run": run, **{name: name in request.GET for name in ("log", "csp")}}
+    )
+    if "csp" in request.GET:
+        gateway = gateway_url()
+        response["Content-Security-Policy"] = (
+            f"default-src 'self'; script-src 'self' {gateway}; connect-src {gateway}"
+        )
+    return response
 
 
 _kept: dict[str, HttpResponse] = {}
