@@ -1,10 +1,13 @@
-"""Turns kept measurements into the README's table, its picture.
+"""Turns kept measurements into the README's table, its picture, a record of all of them.
 
-python -m tests.bench.report FILE        prints the table, writes the picture beside the README's others
+python -m tests.bench.report FILE... [--picture SVG] [--keep JSON]
+
+prints the table of what FILEs have, which `python -m tests.bench --out` wrote.
 """
 
 from __future__ import annotations
 
+import argparse
 import html
 import json
 import re
@@ -14,6 +17,9 @@ from pathlib import Path
 from typing import Any, Final
 
 from tests.bench.queues import OURS
+
+#: In the name of a contestant that did not come to an end; its figure is how long was waited.
+NEVER: Final = "never within"
 
 #: Pixels of the picture: its width, those of the names, of the longest bar, the height of a bar's line.
 WIDTH, NAMES, BAR, LINE = 860, 200, 480, 20
@@ -58,14 +64,32 @@ def number(value: float) -> str:
     return f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"
 
 
+def joined(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return one record of several, by the same machine; of a benchmark that several have, the last counts."""
+    found: dict[str, Any] = {"machine": dict(records[0]["machine"]), "benchmarks": {}, "failed": {}}
+    for record in records:
+        found["benchmarks"] |= record["benchmarks"]
+        found["failed"] |= record.get("failed", {})
+    return found
+
+
 def panels(record: Mapping[str, Any]) -> Iterator[tuple[str, str, list[tuple[str, float]]]]:
-    """Yield (title, unit, [(contestant, median)]) of each measure that ours has with others in the same run."""
-    for measured in record["benchmarks"].values():
+    """Yield (title, unit, [(contestant, median)]) of each measure that ours has with others in the same run.
+
+    A figure's name is `measure, contestant`, or `contestant: measure`.
+    """
+    for name, measured in record["benchmarks"].items():
         groups: dict[str, list[tuple[str, float]]] = {}
         units: dict[str, str] = {}
+        begins = any(one["name"].startswith(f"{OURS.lower()}: ") for one in measured["figures"])
         for one in measured["figures"]:
-            measure, _, who = one["name"].rpartition(", ")
+            if begins:
+                who, colon, measure = one["name"].partition(": ")
+                measure = f"{name}: {measure}" if colon else ""
+            else:
+                measure, _, who = one["name"].rpartition(", ")
             if measure and one["unit"] != "x":
+                who = OURS if who == OURS.lower() else who
                 groups.setdefault(measure, []).append((who, one["p50"]))
                 units[measure] = one["unit"]
         for measure, bars in groups.items():
@@ -83,11 +107,12 @@ def picture(record: Mapping[str, Any]) -> str:
             f'<text class="title" x="10" y="{y}">{html.escape(title)}'
             f'<tspan class="unit"> ({html.escape(unit)}, median)</tspan></text>'
         )
-        longest = max(value for _, value in bars) or 1.0
+        # What has not come within the longest wait has a whole line, and does not make the others' invisible.
+        longest = max((value for who, value in bars if NEVER not in who), default=0.0) or 1.0
         for who, value in bars:
             y += LINE
             kind = "ours" if who == OURS else "theirs"
-            length = max(1.0, BAR * value / longest)
+            length = min(float(BAR), max(1.0, BAR * value / longest))
             parts += [
                 f'<text x="{NAMES - 8}" y="{y}" text-anchor="end">{html.escape(who)}</text>',
                 f'<rect class="{kind}" x="{NAMES}" y="{y - 11}" width="{length:.1f}" height="14" rx="2"/>',
@@ -101,15 +126,30 @@ def picture(record: Mapping[str, Any]) -> str:
     )
 
 
+def shortened(value: Any) -> Any:
+    """Return data with numbers of five figures: a record is kept for people, and the machine is noisier than that."""
+    if isinstance(value, float):
+        return float(f"{value:.5g}")
+    if isinstance(value, dict):
+        return {key: shortened(item) for key, item in value.items()}
+    return [shortened(item) for item in value] if isinstance(value, list) else value
+
+
 def main(arguments: Sequence[str]) -> int:
-    """Print the table, write the picture if a place for it is given."""
-    if len(arguments) not in (1, 2):
-        print(__doc__, file=sys.stderr)
-        return 2
-    record = json.loads(Path(arguments[0]).read_text())
+    """Print the table; write picture and record if a place for them is given."""
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.bench.report", description="Show what was measured."
+    )
+    parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="what --out of a benchmark wrote")
+    parser.add_argument("--picture", type=Path, metavar="SVG", help="draw ours beside the others there")
+    parser.add_argument("--keep", type=Path, metavar="JSON", help="keep all of it there")
+    options = parser.parse_args(arguments)
+    record = joined([json.loads(file.read_text()) for file in options.files])
     print(f"{table(record)}\n\nMachine: {machine(record)}.")
-    if len(arguments) == 2:
-        Path(arguments[1]).write_text(picture(record))
+    if options.picture is not None:
+        options.picture.write_text(picture(record))
+    if options.keep is not None:
+        options.keep.write_text(json.dumps(shortened(record), separators=(",", ":")) + "\n")
     return 0
 
 

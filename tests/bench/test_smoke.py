@@ -210,7 +210,7 @@ def test_what_was_kept_becomes_a_table_with_a_picture(
     figures = [one.summary() for one in made]
     kept, svg = tmp_path / "figures.json", tmp_path / "picture.svg"
     kept.write_text(json.dumps({"machine": {"cores": 2}, "benchmarks": {"race": {"figures": figures}}}))
-    assert report.main([str(kept), str(svg)]) == 0
+    assert report.main([str(kept), "--picture", str(svg)]) == 0
     shown = capsys.readouterr().out
     assert f"| rate, {queues.OURS} | 250 1/s (200 … 300) | ≥ 240 | reached |" in shown
     assert "**missed by 25%**" in shown
