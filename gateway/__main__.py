@@ -29,6 +29,7 @@ from gateway.bounds import ServeLimits
 from gateway.direct import Direct
 from gateway.engine import Engine
 from gateway.fanout import Hub
+from gateway.link import SHARED
 from gateway.retention import Retention
 from gateway.serve import serve
 from gateway.store.protocol import StoreError
@@ -81,6 +82,10 @@ _PARK_RETRY: Final = (200, 2_000)
 
 #: Seconds for the courier to take the last transitions; what it has not taken waits in the store.
 _TELL_SECONDS: Final = 1.0
+
+#: Seconds for which no run begins at a tree's start if others may have taken some over meanwhile: the courier says so
+#: within one.
+_HOLD_SECONDS: Final = 3.0
 
 #: What the supervisor says.
 Orders = GatewayOrder
@@ -199,6 +204,8 @@ async def _live(
     retention = Retention(store, settings, configure.boot_id)
     if not configure.adopting:
         await retention.inherit()
+        if await store.upkeep.noted(SHARED):
+            engine.hold(_HOLD_SECONDS)
     door = DoorTally()
     authenticator = Authenticator(
         key,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Final, TypeAlias
 
 from gateway.flows import UnknownRelative
@@ -16,6 +17,7 @@ from gateway.store.protocol import StoreError
 from gateway.store.rows import KeyRow, RunRow
 from gateway.submission import Submission
 from taskkit.errors import IdempotencyConflict, NotWritable, QueueFull, SubmitError
+from taskkit.lifecycle import RunStatus
 
 if TYPE_CHECKING:
     from gateway.engine import Engine
@@ -95,6 +97,10 @@ class Acceptance:
         used = {n: keys.get((submissions[n].subject, submissions[n].key)) for n in open}
         ids = {n: submissions[n].id if key is None else key.run for n, key in used.items()}
         runs = await self._engine.store.runs_by_id(list(ids.values()))
+        gone = [key.run for key in used.values() if key is not None and key.run not in runs]
+        if gone:  # another node has it by now, and is where its id leads to
+            copies = await self._engine.store.copies(gone)
+            runs |= {id: replace(copy, id=id, status=RunStatus.READY) for id, copy in copies.items()}
         for n in open:
             run = runs.get(ids[n])
             outcomes[n] = _conflict(submissions[n], used[n]) or (None if run is None else (run, True))

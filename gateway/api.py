@@ -282,7 +282,7 @@ class Api:
         return answer(await self._snapshot(run, claims), 202)
 
     async def _visible(self, request: Request, claims: Claims) -> RunRow:
-        return await find_run(self._engine.store, request.path_params["id"], claims)
+        return await find_run(self._engine, request, claims)
 
     async def _snapshot(self, run: RunRow, claims: Claims) -> snapshot.Snapshot:
         store = self._engine.store

@@ -14,6 +14,7 @@ from gateway.api import Api
 from gateway.auth import Authenticator, HostGuard, TicketCookies
 from gateway.background import BackgroundRoutes
 from gateway.face import Engine
+from gateway.finding import Elsewhere, on_elsewhere
 from gateway.metrics import Metrics
 from gateway.openapi import OpenApi
 from gateway.problems import exception_handlers, problem
@@ -34,7 +35,12 @@ def build_app(
     The guards are plain ASGI: Starlette's BaseHTTPMiddleware puts a queue into every response, which hides a
     client's leaving from a stream.
     """
-    handlers = {**exception_handlers, Refusal: on_refusal, TooManyStreams: on_too_many_streams}
+    handlers = {
+        **exception_handlers,
+        Refusal: on_refusal,
+        TooManyStreams: on_too_many_streams,
+        Elsewhere: on_elsewhere,
+    }
     routes = all_routes(engine, authenticator, retention, door or DoorTally())
     inner = Starlette(routes=routes, exception_handlers=handlers)
     # A path with a slash too many is unknown, like any other; a redirect is one more shape for clients to

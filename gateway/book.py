@@ -19,6 +19,7 @@ from gateway.endings import (
     ending_of,
     error_of,
     expired,
+    lost_with,
     of_user_code,
     quarantine_of,
     with_limit,
@@ -32,7 +33,7 @@ from gateway.output import Line
 from gateway.pace import PATIENCE, Paces
 from gateway.plan import Plan
 from gateway.state import After, OpenAttempt, RunnerState
-from gateway.store.rows import AttemptRow, Batch, InputRow, KeyRow, Opened, RunRow
+from gateway.store.rows import COPY, AttemptRow, Batch, InputRow, KeyRow, Opened, RunRow
 from gateway.submission import Submission
 from gateway.tally import RunTally
 from gateway.throttle import Limit, Throttle
@@ -57,6 +58,7 @@ from taskkit.wire.messages import (
     RunnerMessage,
     RunnerSpec,
     Started,
+    Taken,
     TaskFailure,
 )
 from taskkit.wire.session import AttemptState, Judgement, RunnerSession
@@ -78,6 +80,9 @@ _ASKED: Final = {
     "stall_timeout": "the attempt sent no event for its stall_timeout and was asked to stop",
 }
 
+#: Epochs of a run's stream at each node that has it: a thousand power cuts during one run are more than any has seen.
+EPOCHS: Final = 1_000
+
 #: Ended runs that are remembered. A submission waits a few milliseconds for its look into the store; 1,000 runs end
 #: in 100 ms at the very most.
 _REMEMBERED: Final = 1_000
@@ -93,6 +98,7 @@ class Book:
 
     Attributes:
       moment: when the present round began; whoever makes rounds sets it.
+      held: no run begins yet: some may be another node's by now.
     """
 
     def __init__(
@@ -121,6 +127,7 @@ class Book:
         self.expiry = Expiry()
         self.casualties = Casualties(settings.breaker, self.queues, self.runs)
         self.draining = False
+        self.held = False
         self._paces = Paces()
         self._ahead: dict[str, None] = {}  # runners that were given runs ahead
         self.tally = RunTally()
@@ -255,7 +262,11 @@ class Book:
             concurrency_key=submission.concurrency_key,
             parent=submission.parent,
             after=msgspec.json.encode(submission.after),
+            fence=submission.fence or new_token(),
         )
+        taken = submission.taken
+        if taken is not None:
+            _go_on(run, taken)
         if run.replay_of is not None:
             self.casualties.released(run.replay_of)
         self._next_no += 1
@@ -271,6 +282,8 @@ class Book:
         if submission.key is not None:
             self._use_key(KeyRow(submission.subject, submission.key, submission.digest, run.id, now))
         self._join(run, submission.relatives, now)
+        if taken is not None and run.no in self.runs:
+            self._resume(run, taken, now)
         return run
 
     def _join(self, run: RunRow, ended: Mapping[str, RunRow], now: float) -> None:
@@ -311,6 +324,79 @@ class Book:
         if told is not None and attempt is not None:
             attempt.spoke = self.moment
             self._order.hear(attempt.row, [told])
+
+    def _resume(self, run: RunRow, taken: Taken, now: float) -> None:
+        """Go on with a run whose node is dead: its attempt was lost, if it had one."""
+        error = lost_with(taken)
+        decision = verdict(
+            Ending.LOST,
+            attempts=max(run.counted, 1),
+            max_attempts=run.max_attempts,
+            on_lost=run.on_lost,
+            cancelling=False,
+            lost=run.attempt - run.counted,
+        )
+        if taken.began:
+            run.failure = msgspec.json.encode(error)
+        if decision.event is not RunEvent.PUT_BACK:
+            self._end_run(run, decision.event, now, error=error)
+            return
+        if taken.began:
+            self._plan.say(
+                run,
+                "run.retrying",
+                now,
+                attempt=run.attempt,
+                ending=Ending.LOST.value,
+                delay=decision.delay,
+                error=error,
+            )
+        if taken.began and decision.delay:
+            run.run_after = now + decision.delay
+            self.queues.remove(run.no)
+            self._enqueue(run, now)
+
+    def disown(self, run: RunRow, now: float) -> None:
+        """Forget a run, open or not, that is another node's now: without a word on its stream, which goes on there.
+
+        Its copy gets another id. So whoever asks for it is sent there, and it can come back.
+        """
+        known = self.runs.get(run.no)
+        if known is not None:
+            run = known
+            self._end_copy(run, now)
+        id = run.id
+        run.told = run.version
+        self.untold.told(run.no)
+        self.batch.told[run.no] = run.version
+        self.batch.renamed[run.no] = run.id = f"{id}{COPY}{run.no}"
+        self.batch.full = True
+        self._ended.pop(id, None)
+
+    def _end_copy(self, run: RunRow, now: float) -> None:
+        attempt = self._attempt_of(run)
+        if attempt is not None:
+            cause = Cause(kind="lost", detail="another node has the run now")
+            runner = self.runners.get(attempt.row.runner)
+            self._close_attempt(attempt, Ending.LOST, now, cause=cause)
+            self.casualties.ended(run, Ending.LOST, "", self.moment, now, self.batch)
+            if runner is not None and runner.exited is None:
+                self._let_go(runner, attempt, cause)
+        run.status = next_run_status(run.status, RunEvent.CANCEL)
+        run.finished_at = now
+        self.batch.changed[run.no] = run
+        self.after.ended.append(run.no)
+        self.inputs.forget(run.no, self.batch)
+        self._forget(run)
+
+    def _let_go(self, runner: RunnerState, attempt: OpenAttempt, cause: Cause) -> None:
+        """Have an attempt stopped that counts no more, and nobody else with it."""
+        if runner.shared:
+            self._order.abandon(runner, attempt.row, "cancelled")
+        elif attempt.row.started_at is None and runner.tokens:  # behind another one that is at work
+            self._order.ask_to_stop(attempt.row, "cancelled")
+        else:
+            self.end_runner(runner.spec.id, "operator", cause.detail)
 
     def _use_key(self, key: KeyRow) -> None:
         self.batch.keys.append(key)
@@ -416,7 +502,7 @@ class Book:
 
     def claim(self, now: float) -> None:
         """Give waiting runs to free runners; those that have waited too long end."""
-        if self.draining:
+        if self.draining or self.held:
             return
         self._expire(now)
         self.queues.wake(self.moment)
@@ -933,3 +1019,11 @@ class Book:
     def take(self) -> tuple[Batch, After]:
         """Return what this round has planned, and begin the next plan."""
         return self._plan.take()
+
+
+def _go_on(run: RunRow, taken: Taken) -> None:
+    """Have a new copy of a run count on from where Django knows its former node to have been."""
+    run.version = taken.version + 1
+    run.attempt, run.counted, run.crashes = taken.attempt, taken.counted, taken.crashes
+    run.created_at, run.started_at, run.runner = taken.created_at, taken.started_at, taken.runner
+    run.epoch = taken.moves * EPOCHS

@@ -9,7 +9,7 @@ import msgspec
 
 from gateway.store.rows import RunRow
 from taskkit.lifecycle import Ending
-from taskkit.wire.messages import Cause, TaskFailure
+from taskkit.wire.messages import Cause, Taken, TaskFailure
 
 #: Largest result repeated in `stream.end`; a larger one is fetched from the run's `result`.
 _RESULT_IN_STREAM: Final = 64 * 1024
@@ -88,6 +88,14 @@ def last_event(run: RunRow, error: dict[str, Any] | None) -> dict[str, Any]:
     elif run.result is not None and len(run.result) <= _RESULT_IN_STREAM:
         body["result"] = msgspec.Raw(run.result)
     return body
+
+
+def lost_with(taken: Taken) -> dict[str, Any]:
+    """Return the error of an attempt whose node is dead."""
+    message = f"the node {taken.node} died or was cut off; another one has the run now"
+    if not taken.began:
+        message += ". Whether it had begun is not known"
+    return {"code": Ending.LOST.value, "message": message}
 
 
 def rfc3339(at: float) -> str:

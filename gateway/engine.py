@@ -48,6 +48,7 @@ from taskkit.wire.messages import (
     Drained,
     Exited,
     Expired,
+    Located,
     Message,
     Notes,
     Order,
@@ -137,12 +138,13 @@ class Engine:
         book.watch(lambda: self.changes.watched)
         self._use(catalogue)
         self.store_error = ""
+        self.directory = blobs.parent
         self._blobs = blobs
         self._control = control
         self._requests: list[_Request] = []
         self._pipes = Pipes(book, lines_per_second=settings.limits.output_lines_per_second)
         self._sleep = trio.CancelScope()
-        self._look_at = math.inf
+        self._look_at = self._held_until = math.inf
         self._round_over = trio.Event()
         self._acceptance = Acceptance(self)
         self.courier = CourierLink(self)
@@ -167,6 +169,18 @@ class Engine:
         """There is something for the next round, which comes no later than this."""
         self._look_at = min(self._look_at, trio.current_time() + seconds)
         self._sleep.deadline = min(self._sleep.deadline, self._look_at)
+
+    def hold(self, seconds: float) -> None:
+        """Have no run begin until `release`, or for so long: some may be another node's by now."""
+        self.book.held = True
+        self._held_until = trio.current_time() + seconds
+        self.wake()
+
+    def release(self) -> None:
+        """What is another node's is known: the others may begin."""
+        self._held_until = -math.inf
+        if self.book.held:
+            self.wake()
 
     async def decide(self, decide: Callable[[], Any]) -> Any:
         """Have `decide` called in the next round; return its result when that round is committed.
@@ -257,6 +271,31 @@ class Engine:
           QueueFull: as many runs wait as LIMITS.queued_runs allows; nothing was saved.
         """
         return await self.intake.create(submission, fields)
+
+    async def disown(self, id: str, stale: Callable[[str], bool]) -> None:
+        """Forget the copy of a run whose fence is `stale`, if there is one: another node has the run now.
+
+        Raises:
+          NotWritable, StoreError: the store cannot be used now.
+        """
+        written = await self.store.run(id)
+
+        def decide() -> None:
+            run = self.book.find(id) or written
+            if run is not None and stale(run.fence):
+                self.courier.forget(run)
+                self.book.disown(run, time.time())
+
+        if written is not None or self.book.find(id) is not None:
+            await self.decide(decide)
+
+    async def locate(self, id: str) -> Located | None:
+        """Return where a run is that is not here; None: nobody else lives who could have it, or no one has.
+
+        Raises:
+          NotWritable: the courier is away or does not answer.
+        """
+        return await self.courier.locate(id) if self.courier.shared else None
 
     async def ask(self, app: str, model: str, pk: str) -> Answer:
         """Ask Django's database about a task row, through the courier.
@@ -459,6 +498,8 @@ class Engine:
         book = self.book
         moments = (book.queues.next_delayed(), book.casualties.next_trial(book.moment), book.throttle.next())
         waits += [moment - trio.current_time() for moment in moments if moment is not None]
+        if book.held:
+            waits.append(self._held_until - trio.current_time())
         return max(0.0, min(waits, default=_LONGEST_SLEEP))
 
     async def _round(self) -> None:
@@ -468,6 +509,7 @@ class Engine:
         taken = self._pipes.look()
         for request in requests:
             request.decide()
+        self.book.held = self.book.held and self.book.moment < self._held_until
         self.book.claim(time.time())
         batch, after = self.book.take()
         pass_round("decided", batch)

@@ -16,7 +16,7 @@ from gateway.submission import Catalogue, Submission
 from gateway.tally import RunTally, StoreTally
 from taskkit.settings import Settings
 from taskkit.tokens import Claims, Ticket
-from taskkit.wire.messages import Answer, Created, ScheduleAnswer, ScheduleOrder
+from taskkit.wire.messages import Answer, Created, Located, ScheduleAnswer, ScheduleOrder
 
 
 class RunnerView(Protocol):
@@ -75,6 +75,9 @@ class Engine(Protocol):
 
     async def ask(self, app: str, model: str, pk: str) -> Answer:
         """Ask the courier about a task row. Raises NotWritable when it is away."""
+
+    async def locate(self, id: str) -> Located | None:
+        """Return which other node has a run, if there can be any. Raises NotWritable when nobody can tell."""
 
     async def schedule(self, order: ScheduleOrder) -> ScheduleAnswer:
         """Have the courier do what is wanted with schedules. Raises NotWritable when it is away."""

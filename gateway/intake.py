@@ -8,6 +8,7 @@ key, finds the row that was saved. Nothing is saved while the store is known not
 
 from __future__ import annotations
 
+import contextlib
 import secrets
 from typing import TYPE_CHECKING, Any, Final
 
@@ -16,6 +17,7 @@ import trio
 
 from gateway.submission import Submission
 from taskkit.errors import InvalidArguments, NotWritable, QueueFull
+from taskkit.identifiers import NAME_FILE, new_token
 from taskkit.wire.messages import LIMITS, Create, Created, Kill, Submit
 
 if TYPE_CHECKING:
@@ -59,7 +61,9 @@ class Intake:
         """Have a row saved; see `Engine.create_row`."""
         self._check_room()
         ask = secrets.token_hex(8)
-        order = Create(ask=ask, task=submission.task.name, fields=fields, submission=_entry(submission))
+        # Noted with the row, so that no other node takes the entry for its own meanwhile.
+        claim = msgspec.structs.replace(_entry(submission), node=self._node(), fence=new_token())
+        order = Create(ask=ask, task=submission.task.name, fields=fields, submission=claim)
         runner: str | None = None
         try:
             with trio.fail_after(_SECONDS):
@@ -79,7 +83,16 @@ class Intake:
             answer = self._answers.pop(ask, None)
             self.look()
         assert answer is not None
-        return _checked(answer)
+        created = _checked(answer)
+        if created.node not in ("", claim.node):  # an earlier try of the same submission, there
+            raise NotWritable("another node has it, and is just taking it in", retry_after=1)
+        return created
+
+    def _node(self) -> str:
+        """Return the name that the courier has given to this tree."""
+        with contextlib.suppress(OSError):
+            return (self._engine.directory / NAME_FILE).read_text(encoding="utf-8").strip()
+        return ""
 
     def _check_room(self) -> None:
         """Refuse before anything is saved what could not become a run now."""

@@ -26,8 +26,13 @@ from taskkit.wire.messages import (
     LIMITS,
     Answer,
     Ask,
+    Company,
     CourierToGateway,
+    Disown,
+    Disowned,
     Forgotten,
+    Locate,
+    Located,
     Recall,
     Row,
     ScheduleAnswer,
@@ -64,10 +69,16 @@ _RELATIVE_PAUSE: Final = 0.05
 #: Answers that say "later", not "never".
 _LATER: Final = frozenset({QueueFull.code, NotWritable.code})
 
+#: What the store remembers of other nodes: whether there were any.
+SHARED: Final = "shared"
+
 #: Seconds for an answer about a row.
 _ASK_SECONDS: Final = 5.0
 
-Incoming = Submit | Told | Answer | Recall | ScheduleAnswer
+Incoming = Submit | Told | Answer | Recall | ScheduleAnswer | Company | Disown | Located
+
+#: What the courier answers.
+_Answer = Answer | ScheduleAnswer | Located
 
 
 class CourierLink:
@@ -75,6 +86,7 @@ class CourierLink:
 
     Attributes:
       links: how many there were.
+      shared: other nodes live that may have runs of the same database.
     """
 
     def __init__(self, engine: Engine) -> None:
@@ -87,7 +99,10 @@ class CourierLink:
         self._put_off = False
         self._bulk: Bulk
         self.links = 0
-        self._asked: dict[str, tuple[trio.Event, list[Answer | ScheduleAnswer]]] = {}
+        self.shared = False
+        self._in_company = False  # a courier has said whether there are others, behind what they have by now
+        self._disowning = 0
+        self._asked: dict[str, tuple[trio.Event, list[_Answer]]] = {}
 
     @property
     def up(self) -> bool:
@@ -135,6 +150,13 @@ class CourierLink:
                 self._refill(nursery)
             elif isinstance(message, Recall):
                 nursery.start_soon(self._recall, channel, message)
+            elif isinstance(message, Company):
+                self.shared, self._in_company = message.shared, True
+                self._release()
+                nursery.start_soon(self._note_company, message.shared)
+            elif isinstance(message, Disown):
+                self._disowning += 1
+                nursery.start_soon(self._disown, channel, message)
             elif (waiting := self._asked.get(message.ask)) is not None:
                 waiting[1].append(message)
                 waiting[0].set()
@@ -148,15 +170,22 @@ class CourierLink:
             else:
                 # In a thread: checking 600 KB of arguments takes a second, and streams must not wait for it.
                 submission = await trio.to_thread.run_sync(self._submission, message)
+            if message.taken is not None:  # a copy of earlier times would be taken for it
+                await self._engine.disown(message.id, lambda fence: fence != message.fence)
             run = await self._accepted(submission)
+        except StoreError as error:
+            refusal = Submitted(id=message.id, error=str(error), code=NotWritable.code, fence=message.fence)
+            channel.send(refusal)
+            return
         except SubmitError as error:
             await self._refused(message, error.code, str(error))
             detail = "; ".join([str(error), *(f"{name}: {text}" for name, text in error.errors.items())])
-            channel.send(Submitted(id=message.id, error=detail, code=error.code))
+            channel.send(Submitted(id=message.id, error=detail, code=error.code, fence=message.fence))
             return
         if run.id != message.id:
             await self._refused(message, "row-open", f"its row was open already, as run {run.id}")
-        channel.send(Submitted(id=message.id, run=run.id))
+        fence = run.fence if run.id == message.id else message.fence
+        channel.send(Submitted(id=message.id, run=run.id, fence=fence))
 
     async def _accepted(self, submission: Submission) -> RunRow:
         """Submit; a run that this one comes after may still be on its way: it was committed, but not read, before."""
@@ -193,6 +222,7 @@ class CourierLink:
         submission.run_after = message.run_after
         submission.using = message.using
         submission.key, submission.digest = message.key, message.digest
+        submission.fence, submission.taken = message.fence, message.taken
         return submission
 
     # --- transitions ---------------------------------------------------------------------------------------
@@ -223,6 +253,12 @@ class CourierLink:
             channel.send(transition_of(run))
         else:
             self._bulk.add(run)
+
+    def forget(self, run: RunRow) -> None:
+        """What Django was told of a run needs no answer any more."""
+        self._sent.pop(run.no, None)
+        if self._numbers.get(run.id) == run.no:
+            del self._numbers[run.id]
 
     def next_look(self) -> float | None:
         """Return the moment at which `tell` should be called without any other reason; None: there is none."""
@@ -275,6 +311,30 @@ class CourierLink:
             elif run.version > version and run.no not in book.untold:
                 self._send(channel, run)
 
+    def _release(self) -> None:
+        if self._in_company and not self._disowning:
+            self._engine.release()
+
+    async def _note_company(self, shared: bool) -> None:
+        """Note whether runs can be taken over while this tree is away."""
+        try:
+            await self._engine.store.upkeep.note(SHARED, "yes" if shared else "")
+        except StoreError as error:
+            logger.warning("the next start will not know of other nodes: %s", error)
+
+    async def _disown(self, channel: Channel[Incoming], message: Disown) -> None:
+        try:
+            await self._engine.disown(message.run, lambda fence: fence == message.fence)
+        except (StoreError, NotWritable) as error:  # the courier says it again to the next link
+            logger.warning("run %s is another node's, and cannot be let go of yet: %s", message.run, error)
+            return
+        finally:
+            self._disowning -= 1
+            self._release()
+        logger.info("run %s is another node's now", message.run)
+        failpoints.hit("takeover.heard")
+        channel.send(Disowned(run=message.run, fence=message.fence))
+
     # --- questions -----------------------------------------------------------------------------------------
 
     async def ask(self, app: str, model: str, pk: str) -> Answer:
@@ -289,7 +349,13 @@ class CourierLink:
         assert isinstance(answer, ScheduleAnswer)
         return answer
 
-    async def _question(self, question: Ask | ScheduleOrder) -> Answer | ScheduleAnswer:
+    async def locate(self, run: str) -> Located | None:
+        """See `Engine.locate`."""
+        answer = await self._question(Locate(ask=secrets.token_hex(8), run=run))
+        assert isinstance(answer, Located)
+        return answer if answer.status == "found" else None
+
+    async def _question(self, question: Ask | ScheduleOrder | Locate) -> _Answer:
         if self._channel is None:
             raise NotWritable("the database cannot be asked: the courier is away", retry_after=2)
         event, answers = self._asked[question.ask] = (trio.Event(), [])
@@ -357,4 +423,24 @@ def transition_of(run: RunRow, result: bytes | None = None) -> Transition:
         metadata=run.metadata,
         tags=list(run.tags),
         using=run.using,
+        fence=run.fence,
+        options=_options(run) if run.origin == "http" else b"{}",
     )
+
+
+def _options(run: RunRow) -> bytes:
+    """Return what another node would need to make this run, besides what a transition says anyway."""
+    options: dict[str, Any] = {
+        "pool": run.pool,
+        "priority": run.priority,
+        "max_attempts": run.max_attempts,
+        "run_after": run.run_after,
+        "subject": run.subject or None,
+        "concurrency_key": run.concurrency_key or None,
+        "parent": run.parent,
+        "after": msgspec.Raw(run.after) if run.after != b"[]" else None,
+        "timeout": run.timeout,
+        **{name: getattr(run, name) for name in LIMITS},
+        "row": None if run.row is None else msgspec.Raw(run.row),
+    }
+    return msgspec.json.encode({name: value for name, value in options.items() if value is not None})

@@ -60,6 +60,12 @@ _WITH_QUERY: Final = ("bad-parameter",)
 _WITH_BODY: Final = ("bad-json", "client-gone", "too-large", "unsupported-media-type", "slow-body")
 
 
+#: Of whatever has a run in its path: it may be another node's.
+_ELSEWHERE: Final = Reply(
+    "Another node has the run: the same request is answered there.", headers={"Location": "Where."}
+)
+
+
 class OpenApi:
     """Serves GET /openapi.json.
 
@@ -157,7 +163,7 @@ def _operation(
         **({"description": rest} if rest else {}),
         "tags": [parts[0].removesuffix(".json") if parts else "root"],
         "parameters": [*_path_parameters(path), *_parameters(said)],
-        "responses": _responses(said, schemas),
+        "responses": _responses(said, schemas, elsewhere="/runs/{id}" in path),
         "security": _security(said, method),
     }
     if said.body is not None:
@@ -193,8 +199,10 @@ def _security(said: Description, method: str) -> list[dict[str, list[str]]]:
 # --- responses -------------------------------------------------------------------------------------------------
 
 
-def _responses(said: Description, schemas: Mapping[str, Any]) -> dict[str, Any]:
+def _responses(said: Description, schemas: Mapping[str, Any], *, elsewhere: bool) -> dict[str, Any]:
     found = {str(status): _response(told, schemas) for status, told in sorted(said.answers.items())}
+    if elsewhere and "unknown-run" in said.problems:
+        found["307"] = _response(_ELSEWHERE, schemas)
     by_status: dict[int, list[str]] = {}
     for code in _codes(said):
         by_status.setdefault(problems.CODES[code].status, []).append(code)

@@ -36,7 +36,7 @@ from taskkit.errors import InvalidArguments, UnknownTask
 from taskkit.identifiers import new_run_id, parse_run_id
 from taskkit.rates import parse_rate
 from taskkit.settings import LimitSettings, PoolSettings
-from taskkit.wire.messages import LIMITS, MAX_CONCURRENCY_KEY, Row, TaskInfo
+from taskkit.wire.messages import LIMITS, MAX_CONCURRENCY_KEY, Row, Taken, TaskInfo
 
 MAX_TAGS: Final = 20
 MAX_TAG: Final = 100  # characters
@@ -102,6 +102,7 @@ class Submission:
       concurrency_key: who shares the limits of the task with it; "" with all that have none.
       parent, after: ids of the run whose child it is, and of those that it comes after.
       relatives: of these, the runs that have ended, by id; whoever submits looks them up.
+      fence: of the node's claim, if Django knows of one; taken: what Django knows of it from another node.
     """
 
     id: str
@@ -130,6 +131,8 @@ class Submission:
     parent: str | None = None
     after: tuple[str, ...] = ()
     relatives: Mapping[str, RunRow] = field(default_factory=dict)
+    fence: str = ""
+    taken: Taken | None = None
 
 
 class Catalogue:

@@ -121,7 +121,7 @@ class Submitting:
         key = idempotency_key(request)
         body = await read_object(request, self._engine.settings.limits)
         self._authenticator.recheck(claims)
-        old = await self._ended_run(request.path_params["id"], claims)
+        old = await self._ended_run(request, claims)
         submission = replay_of(
             old,
             body,
@@ -137,10 +137,10 @@ class Submitting:
             check_ownership(run, submission)
         return self._answer(run, replayed, claims)
 
-    async def _ended_run(self, text: str, claims: Claims) -> RunRow:
+    async def _ended_run(self, request: Request, claims: Claims) -> RunRow:
         if not claims.may("read"):
             raise unknown_run()
-        run = await find_run(self._engine.store, text, claims)
+        run = await find_run(self._engine, request, claims)
         self._check_reach(run.task, claims)
         if not run.status.is_terminal:
             raise Refusal(
@@ -233,6 +233,7 @@ class Submitting:
             made = await self._engine.create_row(submission, body.get("fields") or {})
             submission.row, submission.using = made.row, made.using
             submission.id = made.run or submission.id
+            submission.fence = made.fence
             try:
                 run, _ = await self._engine.submit(submission)
             except QueueFull as error:  # it has filled up since: the row is saved, and its outbox entry waits

@@ -58,7 +58,7 @@ class Telling:
         name = _name(request.path_params["inbox"])
         body = await read_object(request, self._engine.settings.limits)
         self._authenticator.recheck(claims)
-        run = await find_run(self._engine.store, request.path_params["id"], claims)
+        run = await find_run(self._engine, request, claims)
         data = msgspec.json.encode(body)
         number, before = await self._engine.input(run, name, data, key or "")
         told: Told = {"id": run.id, "name": name, "number": number}

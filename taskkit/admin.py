@@ -21,7 +21,7 @@ from taskkit.admin_filters import AgeFilter, OpenFilter, TaskFilter
 from taskkit.admin_orders import OrdersAdmin
 from taskkit.admin_schedules import ScheduleAdmin
 from taskkit.identifiers import parse_run_id
-from taskkit.models import Node, Outbox, Run, Schedule
+from taskkit.models import OPEN, Node, Outbox, Run, Schedule
 
 if TYPE_CHECKING:
     _ModelAdmin = admin.ModelAdmin[Model]
@@ -84,7 +84,10 @@ class RunAdmin(OrdersAdmin, _ReadOnlyAdmin):
     fieldsets = (
         (None, {"fields": ("id", "task", "shown_arguments", "shown_metadata", "tags", "row_key")}),
         (_("Submitted"), {"fields": ("created_at", "run_after", "priority", "queue", "backend")}),
-        (_("Performed"), {"fields": ("attempt", "started_at", "finished_at", "duration", "worker_ids")}),
+        (
+            _("Performed"),
+            {"fields": ("attempt", "started_at", "finished_at", "duration", "worker_ids", "node")},
+        ),
         (_("Outcome"), {"fields": ("status", "shown_result", "shown_error", "shown_errors")}),
     )
 
@@ -180,8 +183,13 @@ class OutboxAdmin(_ReadOnlyAdmin):
 class NodeAdmin(_ReadOnlyAdmin):
     """The trees that serve this database."""
 
-    list_display = ("name", "pid", "seen_at", "poke_address", "url")
+    list_display = ("name", "pid", "seen_at", "expires_at", "open_runs", "url")
     search_fields = ("name",)
+
+    @admin.display(description=_("open runs"))
+    def open_runs(self, node: Node) -> int:
+        """Show how many runs it has that have not ended."""
+        return Run.objects.using(node._state.db).filter(node=node.name, status__in=OPEN).count()
 
 
 admin.site.register(Schedule, ScheduleAdmin)

@@ -12,6 +12,7 @@ from urllib.parse import quote
 
 import httpx
 
+from taskkit.connections import Address
 from taskkit.credentials import Credentials
 from taskkit.errors import ENDINGS, GatewayError, RunError, RunFailed
 from taskkit.following import Pauses, parse_retry_after, refusal, run_path, stream_params
@@ -27,6 +28,9 @@ LONG_POLL: Final = 30.0
 
 #: Seconds for which a call that may be repeated is tried again; a killed gateway is back in about 0.5 s.
 PATIENCE: Final = 10.0
+
+#: Nodes that one call is sent on to: a run that is taken over meanwhile is found all the same.
+MOVES: Final = 4
 
 
 def error_of(snapshot: dict[str, Any]) -> RunError:
@@ -76,6 +80,14 @@ class Tries:
         self._credentials = credentials
         self._renewed = False
         self._pauses = Pauses(PATIENCE, time.monotonic())
+        self._moves = 0
+
+    def moved(self, other: Address | None) -> Address | None:
+        """Return where to send the call now, if another node is to answer it; not from one to the next for ever."""
+        if other is None or self._moves >= MOVES:
+            return None
+        self._moves += 1
+        return other
 
     def failed(self, error: httpx.TransportError) -> float:
         """Return the seconds before the next try after a broken connection.

@@ -11,6 +11,7 @@ taskkit.E006  the backend of TASKS names a database that does not exist (taskkit
 taskkit.E007  an @schedule can make no run: it is on no task, its arguments do not fit, two have one name
 taskkit.E008  a function that ASYNC_REQUEST names cannot be called
 taskkit.E009  AsyncRequestMiddleware stands before a middleware that has to have its say first
+taskkit.E010  the database routers send tables that belong together to different databases
 taskkit.W001  a path in TASKKIT is relative
 taskkit.W002  a queue of TASKS has no pool of its name (taskkit.backend)
 taskkit.W003  browsers have no URL of the gateway: URL is not set, and BIND or UDS is none
@@ -29,7 +30,7 @@ from django.apps.config import AppConfig
 from django.conf import settings
 from django.core.checks import CheckMessage, Error, Warning, register
 from django.core.exceptions import ImproperlyConfigured
-from django.db import DEFAULT_DB_ALIAS, connections
+from django.db import DEFAULT_DB_ALIAS, connections, router
 from django.utils.module_loading import autodiscover_modules, import_string
 
 from taskkit.conf import TaskkitImproperlyConfigured, read_settings
@@ -118,6 +119,32 @@ def _hidden(found: Mapping[str, Any]) -> list[CheckMessage]:
     reason = hidden_from_browsers(load_settings(found))
     hint = "Set URL to what browsers shall open, for example 'https://tasks.example.com'; silence this without pages."
     return [] if reason is None else [Warning(f"TASKKIT: {reason}", hint=hint, id="taskkit.W003")]
+
+
+@register("taskkit")
+def check_routers(app_configs: Sequence[AppConfig] | None, **kwargs: Any) -> list[CheckMessage]:
+    """Report tables that one transaction has to reach, but that would lie in different databases."""
+    from taskkit.models import TOGETHER
+
+    split = [
+        (alias, [model.__name__ for model in TOGETHER if not router.allow_migrate_model(alias, model)])
+        for alias in connections
+    ]
+    found = [(alias, absent) for alias, absent in split if 0 < len(absent) < len(TOGETHER)]
+    homes = {router.db_for_write(model) for model in TOGETHER}
+    hint = "Have DATABASE_ROUTERS answer for the app 'taskkit' as a whole, in allow_migrate and db_for_write."
+    messages: list[CheckMessage] = [
+        Error(
+            f"The database {alias!r} would have some of taskkit's tables, but not {', '.join(absent)}.",
+            hint=hint,
+            id="taskkit.E010",
+        )
+        for alias, absent in found
+    ]
+    if len(homes) > 1:
+        text = f"taskkit's tables would be written in different databases: {', '.join(sorted(homes))}."
+        messages.append(Error(text, hint=hint, id="taskkit.E010"))
+    return messages
 
 
 @register("taskkit")

@@ -69,24 +69,34 @@ class Client(ScheduleCalls):
 
     def _send(self, call: calls.Call) -> httpx.Response:
         tries = calls.Tries(call, self.base_url, self._credentials)
+        address = self._address
         while True:
             request = call.request(self._credentials.headers())
             try:
-                pause = tries.answered(response := shared(self._address).request(**request))
+                response = shared(address).request(**request)
+                if (other := tries.moved(connections.moved(address, response))) is not None:
+                    address = other
+                    continue
+                pause = tries.answered(response)
             except httpx.TransportError as error:
-                pause = tries.failed(error)
+                address, pause = self._address, tries.failed(error)
             if pause is None:
                 return response
             time.sleep(pause)
 
     async def _asend(self, call: calls.Call) -> httpx.Response:
         tries = calls.Tries(call, self.base_url, self._credentials)
+        address = self._address
         while True:
             request = call.request(await self._credentials.aheaders())
             try:
-                pause = tries.answered(response := await shared_async(self._address).request(**request))
+                response = await shared_async(address).request(**request)
+                if (other := tries.moved(connections.moved(address, response))) is not None:
+                    address = other
+                    continue
+                pause = tries.answered(response)
             except httpx.TransportError as error:
-                pause = tries.failed(error)
+                address, pause = self._address, tries.failed(error)
             if pause is None:
                 return response
             await anyio.sleep(pause)
@@ -327,21 +337,28 @@ class Client(ScheduleCalls):
         following = Following(
             run, after, types=types, output=include_log, patience=patience, now=time.monotonic()
         )
-        address = self._address
+        home = address = self._address
         while not following.ended:
             request = following.request(self._credentials.headers())
+            other = None
             try:
                 with shared(address).stream(**request, timeout=calls.SILENCE) as response:
-                    if following.answered(response.status_code, response.headers, time.monotonic()):
+                    if (other := connections.moved(address, response)) is not None:
+                        following.moved()
+                    elif following.answered(response.status_code, response.headers, time.monotonic()):
                         for data in response.iter_raw():
                             yield from following.receive_data(data, time.monotonic())
                     elif following.is_refusal(response.status_code, self._credentials):
                         raise refusal(response.status_code, response.read(), str(response.url))
             except httpx.TransportError:
                 following.lost = True
+                address = home
             if not following.ended:
                 time.sleep(following.pause(time.monotonic()))
-                address = _located(locate, address, following)
+                if other is not None:
+                    address = other
+                elif address is home:
+                    home = address = _located(locate, home, following)
 
     async def afollow(
         self,
@@ -364,12 +381,15 @@ class Client(ScheduleCalls):
         following = Following(
             run, after, types=types, output=include_log, patience=patience, now=time.monotonic()
         )
-        address = self._address
+        home = address = self._address
         while not following.ended:
             request = following.request(await self._credentials.aheaders())
+            other = None
             try:
                 async with shared_async(address).stream(**request, timeout=calls.SILENCE) as response:
-                    if following.answered(response.status_code, response.headers, time.monotonic()):
+                    if (other := connections.moved(address, response)) is not None:
+                        following.moved()
+                    elif following.answered(response.status_code, response.headers, time.monotonic()):
                         async with received(response) as chunks:
                             async for data in chunks:
                                 for event in following.receive_data(data, time.monotonic()):
@@ -378,9 +398,13 @@ class Client(ScheduleCalls):
                         raise refusal(response.status_code, await response.aread(), str(response.url))
             except httpx.TransportError:
                 following.lost = True
+                address = home
             if not following.ended:
                 await anyio.sleep(following.pause(time.monotonic()))
-                address = _located(locate, address, following)
+                if other is not None:
+                    address = other
+                elif address is home:
+                    home = address = _located(locate, home, following)
 
     def lines(self, run: str, **options: Any) -> Iterator[str]:
         """Yield what the run printed, or yielded as text, line by line without line breaks, until it has ended.

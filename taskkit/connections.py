@@ -59,6 +59,19 @@ class Address:
         }
 
 
+def moved(before: Address, response: httpx.Response) -> Address | None:
+    """Return where another node answers this request, if the answer is that one does.
+
+    The token goes along: it is meant for every node that has the key, and this one names the other.
+    """
+    location = response.headers.get("location", "") if response.status_code == 307 else ""
+    base, found, _ = location.partition("/api/v1/")
+    if not found or not base.startswith(("http://", "https://")):
+        return None
+    address = Address.parse(base)
+    return None if address == before else address
+
+
 _lock = threading.Lock()
 _clients: dict[Address, httpx.Client] = {}
 _async_clients: anyio.lowlevel.RunVar[dict[Address, httpx.AsyncClient]] = anyio.lowlevel.RunVar(

@@ -74,7 +74,14 @@ POINTS: Final[Mapping[str, str]] = {
     "schedule.fired": "a slot and its run are written, the transaction is open",
     "schedule.committed": "a slot and its run are in the database, nobody has been told",
     "courier.projected": "the database has a transition, the gateway does not know",
+    "courier.claimed": "outbox entries are claimed, nothing is submitted",
+    "takeover.written": "a dead node's runs are back in the outbox, the transaction is open",
+    "takeover.committed": "a dead node's runs are back in the outbox, nobody has claimed them",
+    "takeover.heard": "a node has forgotten a run that is another's now, its note is still there",
 }
+
+#: Those that a tree comes to only when it shares its database, or was taken for dead.
+SHARED: Final = frozenset({"courier.claimed", "takeover.written", "takeover.committed", "takeover.heard"})
 
 _directory: Final = os.environ.get(VARIABLE)
 

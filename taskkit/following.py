@@ -293,6 +293,11 @@ class Following:
         self.lost = True
         return False
 
+    def moved(self) -> None:
+        """Another node has the run: it is asked next, after a pause, as it may have been named too early."""
+        self.lost = True
+        self._retry_after = 0.0
+
     def is_refusal(self, status: int, credentials: Credentials) -> bool:
         """Whether an answer without a stream is final: trying again, or with another token, would not help."""
         if not self._renewed and credentials.can_renew(status):

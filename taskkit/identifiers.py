@@ -18,6 +18,9 @@ MAX_CURSOR = 128
 #: Longest event name, bytes of UTF-8. It is repeated in every event of a stream.
 MAX_EVENT_NAME = 200
 
+#: File in a state directory with the name of its node, which the courier gives to it.
+NAME_FILE = "node"
+
 _TASK_NAME = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
 _UUID = re.compile(r"[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")
 _FORBIDDEN_IN_EVENT_NAME = re.compile(r"[\r\n\0]")

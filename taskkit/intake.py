@@ -68,7 +68,9 @@ def _save(
             found = _saved_before(model, submission, alias, using)
             if found is None:
                 raise
-    return Created(ask=ask, run=found[0], row=found[1], using=using)
+    owners = Run.objects.using(using).filter(id=found[0]).values_list("node", "fence")
+    node, fence = next(iter(owners), (submission.node, submission.fence))
+    return Created(ask=ask, run=found[0], row=found[1], using=using, node=node, fence=fence)
 
 
 def _insert(row: StreamTask, submission: Submit, alias: str, using: str) -> Row:

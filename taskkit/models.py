@@ -18,7 +18,7 @@ from taskkit.request_models import StoredRequest
 from taskkit.schedule_models import Schedule, Slot
 from taskkit.stream_task import StreamTask
 
-__all__ = ["OPEN", "Node", "Outbox", "Run", "Schedule", "Slot", "StoredRequest", "StreamTask"]
+__all__ = ["OPEN", "TOGETHER", "Node", "Outbox", "Run", "Schedule", "Slot", "StoredRequest", "StreamTask", "Takeover"]
 
 #: States of a run that has not ended.
 OPEN: Final = tuple(status.value for status in RunStatus if status not in TERMINAL)
@@ -78,6 +78,10 @@ class Run(models.Model):
       errors: the same of each attempt that ended badly, oldest first; of coalesced news the newest only.
       worker_ids: the runner of each attempt; "" where the news of it was coalesced.
       attempted_at: when the newest attempt began.
+      node: name of the node that has it, "" while none has (taskkit.courier.lease).
+      fence: random name of that node's claim; what comes with another is void.
+      moves: how often it was taken from a node that was dead.
+      options: what else the submission said, which another node would need; None: it cannot be taken over.
       backend, queue: of Django's own Tasks interface, when it made the submission.
     """
 
@@ -97,6 +101,10 @@ class Run(models.Model):
     worker_ids = models.JSONField(encoder=DjangoJSONEncoder, default=list, blank=True)
     backend = models.CharField(max_length=255, blank=True, default="")
     queue = models.CharField(max_length=255, blank=True, default="")
+    node = models.CharField(max_length=255, blank=True, default="")
+    fence = models.CharField(max_length=32, blank=True, default="")
+    moves = models.PositiveIntegerField(default=0)
+    options = models.JSONField(encoder=DjangoJSONEncoder, null=True, blank=True)
     priority = models.SmallIntegerField(default=0)
     run_after = models.DateTimeField(null=True, blank=True)
     created_at = models.DateTimeField()
@@ -145,19 +153,23 @@ class Run(models.Model):
 
 
 class Node(models.Model):
-    """A Bulkhead tree that serves this database: where to poke it, when it was seen.
+    """A Bulkhead tree that serves this database: where to poke it, until when it may be believed to live.
+
+    All times are the database's, no clock of a tree's machine counts.
 
     Attributes:
-      name: host name and digest of the state directory.
+      name: host name and digest of the state directory, which keeps it.
       poke_address: path of a Unix datagram socket, or `@name` in the abstract namespace.
-      seen_at: the courier renews it every 30 s; an older row is no reason to believe that the tree lives.
-      url: of the gateway, when the courier knows it.
+      seen_at: when its courier was here last.
+      expires_at: end of its lease; from then on its runs may be taken over.
+      url: NODE_URL, by which other nodes' clients reach its gateway.
     """
 
     name = models.CharField(max_length=255, primary_key=True)
     poke_address = models.CharField(max_length=1024)
     pid = models.PositiveIntegerField()
     seen_at = models.DateTimeField()
+    expires_at = models.DateTimeField(null=True, blank=True)
     url = models.CharField(max_length=255, blank=True, default="")
 
     class Meta:
@@ -167,3 +179,29 @@ class Node(models.Model):
 
     def __str__(self) -> str:
         return self.name
+
+
+class Takeover(models.Model):
+    """A run that a node has to forget, since another has it now; goes when that node has.
+
+    Attributes:
+      fence: of the node's claim, which is void.
+    """
+
+    id = models.BigAutoField(primary_key=True)
+    run = models.UUIDField()
+    node = models.CharField(max_length=255)
+    fence = models.CharField(max_length=32, blank=True)
+    at = models.DateTimeField()
+
+    class Meta:
+        verbose_name = "takeover"
+        verbose_name_plural = "takeovers"
+        indexes = [models.Index(fields=("node", "id"), name="taskkit_takeover_node")]
+
+    def __str__(self) -> str:
+        return f"{self.run} from {self.node}"
+
+
+#: What one transaction has to reach, so that it has to be in one database.
+TOGETHER: Final = (Outbox, Run, Node, Takeover, StoredRequest)

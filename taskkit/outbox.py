@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 from django.db import DEFAULT_DB_ALIAS, IntegrityError, router, transaction
+from django.db.models.functions import Now
 from django.utils import timezone
 from django.utils.functional import Promise
 
@@ -37,7 +38,7 @@ from taskkit.wire.messages import LIMITS, MAX_CONCURRENCY_KEY, Row, Submit
 if TYPE_CHECKING:
     from taskkit.registry import TaskDefinition
 
-#: Seconds after which a node that was not seen is no longer poked; the courier renews its row every 30.
+#: Seconds after which a node that was not seen is no longer poked; the courier renews its row every 30, or sooner.
 NODE_FRESH: Final = 90.0
 
 #: Seconds for which a process keeps the addresses it pokes, so that a burst of submissions asks the database
@@ -47,6 +48,9 @@ _ADDRESSES_FRESH: Final = 5.0
 #: How often a start that lost the race for a row looks again. Each round needs a whole run to begin and end
 #: between two statements; one is already rare.
 _START_TRIES: Final = 5
+
+#: What a submission says that has a column of its own in `Run`; the rest is in its `options`.
+_COLUMNS: Final = frozenset({"task", "args", "kwargs", "metadata", "tags"})
 
 PRIORITIES: Final = range(-100, 101)
 
@@ -302,8 +306,7 @@ def _poke_addresses(using: str) -> list[str]:
     at, found = _addresses.get(using, (-math.inf, []))
     now = time.monotonic()
     if now - at > _ADDRESSES_FRESH:
-        seen = timezone.now() - timedelta(seconds=NODE_FRESH)
-        nodes = Node.objects.using(using).filter(seen_at__gte=seen)
+        nodes = Node.objects.using(using).filter(seen_at__gte=Now() - timedelta(seconds=NODE_FRESH))
         found = list(nodes.values_list("poke_address", flat=True))
         _addresses[using] = now, found
     return found
@@ -463,8 +466,9 @@ def insert_rows(submission: Submit, *, priority: int = 0, backend: str = "", que
     key = submission.row.key if submission.row else None
     now = timezone.now()
     payload = msgspec.to_builtins(submission)
-    for name in ("message", "id", "using"):
+    for name in ("message", "id", "using", "node", "fence"):
         payload.pop(name, None)
+    options = {name: value for name, value in payload.items() if name not in _COLUMNS}
     entry = Outbox(id=submission.id, payload=payload, row_key=key, created_at=now)
     run = Run(
         id=submission.id,
@@ -478,6 +482,9 @@ def insert_rows(submission: Submit, *, priority: int = 0, backend: str = "", que
         run_after=None if submission.run_after is None else moment(submission.run_after),
         backend=backend,
         queue=queue,
+        options=options,
+        node=submission.node,
+        fence=submission.fence,
         created_at=now,
     )
     # Unlike create(): one statement each, no signal. The courier submits as well, and runs no user code.

@@ -101,6 +101,8 @@ class LimitSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
       gateway_beat_seconds: of silence after which a gateway hangs and is replaced; it beats four times in between.
       gateway_restarts: within 120 s; one more, and the supervisor gives up with exit code 4.
       restart_delay_seconds: longest wait before a process of the tree that keeps dying is started again.
+      lease_seconds: without a word to the project's database until other trees that share it take this one's runs
+        over; it is renewed four times in between.
     """
 
     body_bytes: _Positive = 1024 * 1024
@@ -129,6 +131,7 @@ class LimitSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     gateway_beat_seconds: Annotated[float, Meta(ge=0.5, le=3_600)] = 10.0
     gateway_restarts: _Positive = 10
     restart_delay_seconds: Annotated[float, Meta(ge=0.1, le=3_600)] = 30.0
+    lease_seconds: Annotated[float, Meta(ge=1, le=3_600)] = 15.0
 
 
 class RetentionSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -218,6 +221,8 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, re
       bind: `HOST:PORT` of the gateway; port 0 takes a free one.
       uds: path of a Unix socket to listen on instead.
       url: of the gateway as browsers reach it, such as `https://tasks.example.com`; default `http://BIND`.
+      node_url: of this tree's gateway as clients reach it when several trees share a database: a request for a run that
+        another tree has is sent there (307). Without it, such a run is unknown.
       key_file: key of the tokens; default `key` in the state directory.
       allowed_hosts: accepted Host headers; default Django's ALLOWED_HOSTS, plus loopback names.
       cors_origins: origins whose pages may read answers.
@@ -239,6 +244,7 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, re
     bind: str = "127.0.0.1:8888"
     uds: str | None = None
     url: str | None = None
+    node_url: str | None = None
     key_file: str | None = None
     allowed_hosts: list[str] | None = None
     cors_origins: list[str] = []
@@ -315,11 +321,12 @@ def load_settings(value: Mapping[str, Any], source: str = "TASKKIT") -> Settings
         )  # one by one: msgspec does not say which of them is wrong
     settings: Settings = _convert(dict(value), Settings, source)
     parse_bind(settings.bind)
-    if settings.url is not None and not _is_base_url(settings.url):
-        raise SettingsError(
-            f"{source}: URL = {settings.url!r:.200}: write http:// or https://, a host and perhaps a path, for example "
-            "https://tasks.example.com"
-        )
+    for key, url in (("URL", settings.url), ("NODE_URL", settings.node_url)):
+        if url is not None and (not _is_base_url(url) or len(url) > 255):
+            raise SettingsError(
+                f"{source}: {key} = {url!r:.200}: write http:// or https://, a host and perhaps a path, for example "
+                "https://tasks.example.com"
+            )
     if settings.breaker.longest_pause < settings.breaker.pause:
         raise SettingsError(
             f"{source}: BREAKER.longest_pause = {settings.breaker.longest_pause} is below "

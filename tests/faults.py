@@ -93,6 +93,12 @@ class Postgres:
             | {"DJANGO_SETTINGS_MODULE": "tests.project.settings", "PYTHONPATH": str(_ROOT)},
         )
 
+    @property
+    def pid(self) -> int:
+        """Of the server."""
+        assert self._process is not None, "it is not started"
+        return self._process.pid
+
     def start(self) -> None:
         """Start it; return when it takes connections."""
         options = ["-k", str(self.folder), "-c", "listen_addresses="]

@@ -104,6 +104,9 @@ class Store(Protocol):
     async def runs_by_id(self, ids: Sequence[str]) -> dict[str, RunRow]:
         """Return those of the runs with these public ids that there are."""
 
+    async def copies(self, ids: Sequence[str]) -> dict[str, RunRow]:
+        """Return, by the public id that they had, the newest copies of those of these runs that are another node's."""
+
     async def runs(self, which: RunFilter) -> list[RunRow]:
         """Return the runs that `which` selects, newest first."""
 

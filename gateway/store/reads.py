@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Final, TypeVar
 
 from gateway.store.rows import (
+    COPY,
     MAX_QUARANTINED,
     MAX_UNTOLD,
     AttemptRow,
@@ -59,6 +60,10 @@ MAX_BLOB: Final = 64 * 1024 * 1024
 _MAX_INTEGER: Final = 2**63 - 1
 
 _RUN: Final = columns(RUN_COLUMNS)
+
+#: Leaves out copies of runs that are another node's now.
+_NO_COPY: Final = f"instr(id, '{COPY}') = 0"
+
 _ATTEMPT: Final = columns(ATTEMPT_COLUMNS)
 _EVENT: Final = columns(EVENT_COLUMNS)
 _OUTPUT: Final = columns(OUTPUT_COLUMNS)
@@ -82,8 +87,8 @@ def _attempt(values: tuple[Any, ...]) -> AttemptRow:
     return AttemptRow(**dict(zip(ATTEMPT_COLUMNS, values, strict=True)))
 
 
-def _one_run(connection: sqlite3.Connection, rest: str, value: str) -> RunRow | None:
-    found = connection.execute(f"SELECT {_RUN} FROM run {rest} LIMIT 1", (value,)).fetchall()
+def _one_run(connection: sqlite3.Connection, rest: str, *values: str) -> RunRow | None:
+    found = connection.execute(f"SELECT {_RUN} FROM run {rest} LIMIT 1", values).fetchall()
     return _run(found[0]) if found else None
 
 
@@ -166,6 +171,17 @@ def runs_by_id(connection: sqlite3.Connection, ids: Sequence[str]) -> dict[str, 
     return {run.id: run for run in map(_run, found)}
 
 
+def copies(connection: sqlite3.Connection, ids: Sequence[str]) -> dict[str, RunRow]:
+    """Return the newest copies of those of the runs with these public ids that are another node's now."""
+    found: dict[str, RunRow] = {}
+    for id in ids:
+        low, high = f"{id}{COPY}", f"{id}{COPY}{COPY}"
+        copy = _one_run(connection, "WHERE id > ? AND id < ? ORDER BY no DESC", low, high)
+        if copy is not None:
+            found[id] = copy
+    return found
+
+
 def _marks(values: Sequence[str]) -> str:
     """Return a place for each value; SQLite takes 32,766 of them (SQLITE_MAX_VARIABLE_NUMBER)."""
     return ", ".join("?" * len(values))
@@ -173,7 +189,7 @@ def _marks(values: Sequence[str]) -> str:
 
 def run_of_row(connection: sqlite3.Connection, row_key: str) -> RunRow | None:
     """Return the newest run of a task row."""
-    return _one_run(connection, "WHERE row_key = ? ORDER BY no DESC", row_key)
+    return _one_run(connection, f"WHERE row_key = ? AND {_NO_COPY} ORDER BY no DESC", row_key)
 
 
 def _glob(pattern: str) -> str:
@@ -224,7 +240,8 @@ def runs(connection: sqlite3.Connection, which: RunFilter) -> list[RunRow]:
     texts = [text for text, _ in conditions]
     if reach:
         texts.append(f"({' OR '.join(text for text, _ in reach)})")
-    where = f"WHERE {' AND '.join(texts)}" if texts else ""
+    texts.append(_NO_COPY)
+    where = f"WHERE {' AND '.join(texts)}"
     values = [value for _, value in (*conditions, *reach)]
     found = connection.execute(
         f"SELECT {_RUN} FROM run {where} ORDER BY no DESC LIMIT ?", (*values, max(0, which.limit))

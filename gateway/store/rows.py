@@ -41,6 +41,7 @@ class RunRow:
       result_expired: it had a result, which RESULT_TTL has removed.
       runner, attempted_at: who began the newest attempt, and when.
       failure: JSON of the newest attempt's bad end, as `error` has that of the run; None after a good one.
+      fence: random name of this copy of the run: Django takes nothing of a copy that another node's has replaced.
       followed: it had a subscriber, and its task wants to be cancelled when it has none any more.
     """
 
@@ -71,6 +72,7 @@ class RunRow:
     concurrency_key: str = ""
     parent: str | None = None
     after: bytes = b"[]"
+    fence: str = ""
     # what changes
     status: RunStatus = RunStatus.READY
     attempt: int = 0
@@ -214,6 +216,9 @@ class RevocationRow:
     expires_at: float
 
 
+#: Between a run's id and its number in the id of a copy of what is another node's now (gateway.book.Book.disown).
+COPY = "~"
+
 #: Ended runs kept in memory because Django has not been told of them: 2 KB each without arguments and result. The
 #: courier writes 100 in a transaction.
 MAX_UNTOLD = 5_000
@@ -281,6 +286,7 @@ class Batch:
       told_enough: numbers of runs that have ended: what they were told goes.
       begun: attempts that began in this round, of tasks whose rate is limited.
       begun_before: those that do not matter any more at this time may go.
+      renamed: new id by number of a run that is another node's now.
       full: commit with synchronous=FULL (an accept, a claim or an end is among it).
     """
 
@@ -303,6 +309,7 @@ class Batch:
     told_enough: list[int] = field(default_factory=list)
     begun: list[BegunRow] = field(default_factory=list)
     begun_before: float | None = None
+    renamed: dict[int, str] = field(default_factory=dict)
     full: bool = False
 
     def __bool__(self) -> bool:
@@ -327,6 +334,7 @@ class Batch:
             or self.told_enough
             or self.begun
             or self.begun_before
+            or self.renamed
         )
 
 

@@ -227,10 +227,13 @@ _FLOWS: Final = (
     "CREATE INDEX run_by_parent ON run (parent) WHERE parent IS NOT NULL",
 )
 
+#: Several nodes on one database: whose copy of a run counts.
+_FENCES: Final = ("ALTER TABLE run ADD COLUMN fence TEXT NOT NULL DEFAULT ''",)
+
 #: Statements of each step.
 STEPS: Final[tuple[Sequence[str], ...]] = (
     *(_FIRST, _CRASHES, _RETENTION, _GRANTS, _STREAMS, _ATTEMPTED, _INPUTS, _LIMITS),
-    *(_THROTTLE, _FLOWS),
+    *(_THROTTLE, _FLOWS, _FENCES),
 )
 
 

@@ -336,6 +336,10 @@ class SqliteStore:
         """Return those of the runs with these public ids that there are."""
         return await self._read(reads.runs_by_id, ids)
 
+    async def copies(self, ids: Sequence[str]) -> dict[str, RunRow]:
+        """Return the newest copies of those of these runs that are another node's now (gateway.store.reads)."""
+        return await self._read(reads.copies, ids)
+
     async def runs(self, which: RunFilter) -> list[RunRow]:
         """Return the runs that `which` selects, newest first (see gateway.store.reads.runs)."""
         return await self._read(reads.runs, which)

@@ -100,6 +100,7 @@ _INSERT_INPUT: Final = _insert("input", INPUT_COLUMNS)
 _DELETE_INPUTS: Final = "DELETE FROM input WHERE run = ?"
 _INSERT_BEGUN: Final = _insert("begun", BEGUN_COLUMNS)
 _DELETE_BEGUN: Final = "DELETE FROM begun WHERE until <= ?"
+_RENAME: Final = "UPDATE run SET id = ? WHERE no = ?"
 _UPDATE_TOLD: Final = "UPDATE run SET told = ? WHERE no = ? AND told < ?"
 
 
@@ -186,6 +187,8 @@ def prepare(batch: Batch) -> Prepared:
     steps = [
         Step(_UPDATE_RUN, changed, len(changed)),
         Step(_UPDATE_SPOKEN, spoken, len(spoken)),
+        # Also before: the run may come back under its id.
+        Step(_RENAME, [(id, no) for no, id in batch.renamed.items() if no not in new]),
         Step(_INSERT_RUN, [_run_inserted(run) for run in batch.runs]),
         Step(_INSERT_TAG, [values for run in batch.runs for values in _tag_values(run)]),
         Step(_INSERT_ATTEMPT, [_attempt_values(row) for row in batch.attempts]),

@@ -12,14 +12,18 @@ from typing import Final, TypeVar
 from django.db import Error, connections, router
 
 from taskkit import failpoints
-from taskkit.courier import outbox_reader, projection, schedule_orders, unspoken
+from taskkit.courier import outbox_reader, projection, schedule_orders, takeover, unspoken, whereabouts
+from taskkit.courier.lease import Lease
 from taskkit.courier.node import NodeIdentity
 from taskkit.courier.reach import Place, hang_limit
 from taskkit.courier.recall import Comparison
 from taskkit.courier.schedules import Schedules
-from taskkit.models import Node, Outbox, Run, Schedule, Slot
+from taskkit.models import TOGETHER, Schedule, Slot
 from taskkit.wire.messages import (
+    Disown,
+    Disowned,
     Forgotten,
+    Located,
     Recall,
     ScheduleAnswer,
     ScheduleOrder,
@@ -47,8 +51,7 @@ POLL: Final = 1.0
 #: Seconds between two looks with pokes: anybody on this machine may poke, as often as he likes.
 POKED: Final = 0.01
 
-#: Seconds between two renewals of the node's row; taskkit.outbox.NODE_FRESH allows two to be missed. Also how
-#: often a connection's age is checked against CONN_MAX_AGE.
+#: Seconds between two looks whether the tables are there, and at a connection's age against CONN_MAX_AGE.
 RENEWAL: Final = 30.0
 
 #: Seconds between two looks for tables that were missing: a second database that is not ours, or not migrated
@@ -71,19 +74,27 @@ class Database:
     """One database of the project. Every method that may fail raises Away and leaves the work as it was.
 
     Args:
+      lease: seconds, LIMITS.lease_seconds.
       clock: monotonic seconds.
 
     Attributes:
       held: newest transition of each run that is to be written, with its size in bytes.
     """
 
-    def __init__(self, alias: str, node: NodeIdentity, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        alias: str,
+        node: NodeIdentity,
+        clock: Callable[[], float] = time.monotonic,
+        *,
+        lease: float = 15.0,
+    ) -> None:
         self.alias = alias
         self._clock = clock
         self._place = Place(alias)
         self.held: dict[str, tuple[Transition, int]] = {}
         self._node = node
-        self._ours = all(router.allow_migrate_model(alias, model) for model in (Outbox, Run, Node))
+        self._ours = all(router.allow_migrate_model(alias, model) for model in TOGETHER)
         self._has_tables = False
         self.registered = False
         self._answers: dict[str, Submitted] = {}
@@ -94,15 +105,17 @@ class Database:
         self._batch = BATCH
         self._retry_at = self._renew_at = self._poll_at = self._submit_at = 0.0
         self._polled_at = -math.inf
+        self._lease = Lease(alias, node, lease, clock)
+        self._notes = takeover.Notes(alias, node.name)
         self._comparison = Comparison(alias, node.name)
         self._schedules = Schedules(alias, clock)
 
     # --- what comes in --------------------------------------------------------------------------------------
 
     def hold(self, transition: Transition, size: int) -> None:
-        """Take a transition to write; an older one of the same run is void."""
+        """Take a transition to write; an older one of the same run is void, and one of a copy that was forgotten."""
         older = self.held.get(transition.run)
-        if older is None or older[0].version < transition.version:
+        if older is None or older[0].fence != transition.fence or older[0].version < transition.version:
             self.held[transition.run] = transition, size
 
     def take_answer(self, answer: Submitted) -> bool:
@@ -116,6 +129,15 @@ class Database:
         """Take the answer if the run was asked about from here."""
         return self._comparison.take(answer.run)
 
+    def take_disowned(self, answer: Disowned) -> bool:
+        """Take the answer if the gateway was told of it from here."""
+        return self._notes.take(answer.run, answer.fence)
+
+    @property
+    def shared(self) -> bool:
+        """Whether other nodes live that use this database."""
+        return self._lease.shared
+
     def look_soon(self) -> None:
         """Look into the outbox soon: somebody poked."""
         self._poll_at = min(self._poll_at, self._polled_at + POKED)
@@ -126,6 +148,8 @@ class Database:
         self._submit_at = self._poll_at = self._put_off = 0.0
         self._data_version = None
         self._comparison.begin(self._clock())
+        self._notes.send_anew()
+        self._lease.next = min(self._lease.next, self._clock())
 
     # --- what is to be done ---------------------------------------------------------------------------------
 
@@ -137,14 +161,14 @@ class Database:
             return self._retry_at
         if not self._has_tables:
             return self._renew_at
-        if self.held or self._answers or self._comparison.has_news:
+        if self.held or self._answers or self._comparison.has_news or self._notes.has_news:
             return now
-        due = min(self._renew_at, self._schedules.next)
+        due = min(self._renew_at, self._schedules.next, self._lease.next)
         if not linked:
             return due
         return min(due, max(self._poll_at, self._submit_at), self._comparison.next)
 
-    def work(self, now: float, linked: bool) -> Iterator[Told | Submit | Recall]:
+    def work(self, now: float, linked: bool) -> Iterator[Told | Submit | Recall | Disown]:
         """Do what is due; yield what the gateway is to be told, each once it is true.
 
         Args:
@@ -159,6 +183,7 @@ class Database:
             self.attempt(self._renew, now)
             self._renew_at = now + (RENEWAL if self._has_tables else MISSING_TABLES)
         if self._has_tables:
+            yield from self._keep_lease(now, linked)
             self.attempt(lambda: self._settle(now), now)
             yield from self.attempt(self._write, now)
             if self._comparison.has_news:
@@ -166,9 +191,33 @@ class Database:
             if now >= self._schedules.next and self.attempt(self._schedules.turn, now):
                 self._look_again()
             if linked and now >= self._comparison.next:
-                yield from self.attempt(lambda: self._comparison.ask(now), now)
+                yield from self.attempt(lambda: self._comparison.ask(now, shared=self._lease.shared), now)
             if linked and now >= max(self._poll_at, self._submit_at):
                 yield from self.attempt(lambda: self._poll(now), now)
+
+    def locate(self, run: str, now: float) -> Located | None:
+        """Return who has a run, None where this database does not know.
+
+        Raises:
+          Away: the database does not answer.
+        """
+        if not (self._ours and self._has_tables):
+            return None
+        return self.attempt(lambda: whereabouts.find(self.alias, run, self._node.name), now)
+
+    def _keep_lease(self, now: float, linked: bool) -> Iterator[Disown]:
+        """Renew the lease before anything is done by it, and hear what was taken over meanwhile."""
+        if self._notes.has_news:
+            self.attempt(self._notes.settle, now)
+            if linked and self._notes.more:
+                yield from self.attempt(self._notes.read, now)
+        if now < self._lease.next:
+            return
+        if self.attempt(self._lease.renew, now):
+            self._look_again()
+        self.registered = True
+        if linked:
+            yield from self.attempt(self._notes.read, now)
 
     def obey(self, order: ScheduleOrder, now: float) -> ScheduleAnswer:
         """Do what the gateway wants done with schedules.
@@ -209,7 +258,8 @@ class Database:
         self._backoff = min(max(2 * self._backoff, BACKOFF[0]), BACKOFF[1])
         # From the end of a try that hung, so that the other databases have their turn before the next one.
         self._retry_at = self._clock() + self._backoff
-        self._renew_at = 0.0  # tables and node once more: it may come back as another database
+        # Tables and node once more: it may come back as another database.
+        self._renew_at = self._lease.next = 0.0
         self._disconnect()
 
     def _disconnect(self) -> None:
@@ -228,12 +278,9 @@ class Database:
         self._data_version = None
         self._schedules.look_soon()
         tables = set(connection.introspection.table_names())
-        models = (Outbox, Run, Node, *((Schedule, Slot) if self._schedules.is_ours else ()))
+        models = (*TOGETHER, *((Schedule, Slot) if self._schedules.is_ours else ()))
         self._has_tables = all(model._meta.db_table in tables for model in models)
-        if self._has_tables:
-            self._node.register(self.alias)
-            self.registered = True
-        elif self.held:
+        if self.held and not self._has_tables:
             _log.warning(
                 "the database %r lacks taskkit's tables: manage.py migrate --database %s", *2 * (self.alias,)
             )
@@ -248,7 +295,7 @@ class Database:
             projection.settle(self.alias, final)
             failpoints.hit("courier.settled")
         for answer in later:
-            outbox_reader.postpone(self.alias, answer)
+            outbox_reader.postpone(self.alias, answer, release=self._lease.shared)
         self._answers.clear()
         self._pace(now, accepted=bool(final), put_off=bool(later))
 
@@ -270,7 +317,7 @@ class Database:
         if batch:
             size, self._batch = self._batch, max(1, self._batch // 2)
             failpoints.hit("courier.projecting")
-            projection.write(self.alias, batch)
+            projection.write(self.alias, batch, self._node.name)
             failpoints.hit("courier.projected")
             if any(map(unspoken.is_unspoken, batch)):
                 self._look_again()  # SQLite's data_version does not count what this connection has submitted
@@ -288,8 +335,9 @@ class Database:
         version = outbox_reader.data_version(self.alias)
         if version is not None and version == self._data_version:
             return []
+        claimant = outbox_reader.Claimant(self._node.name, self._lease.claims)
         submissions, refusals = outbox_reader.read(
-            self.alias, self._unanswered, WINDOW - len(self._unanswered)
+            self.alias, self._unanswered, WINDOW - len(self._unanswered), claimant
         )
         if refusals:
             projection.settle(self.alias, refusals)

@@ -15,9 +15,11 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Final
 
+import msgspec
 from django.db import connections, router
 
 from taskkit import seqpacket
+from taskkit.conf import get_settings
 from taskkit.courier import rows
 from taskkit.courier.database import Away, Database
 from taskkit.courier.link import Link, LinkBroken
@@ -31,13 +33,16 @@ from taskkit.wire.messages import (
     Answer,
     Ask,
     Beat,
+    Company,
     CourierReady,
+    Disowned,
     Forgotten,
+    Locate,
+    Located,
     Message,
     ScheduleAnswer,
     ScheduleOrder,
     Stop,
-    Submitted,
     Transition,
 )
 
@@ -96,9 +101,11 @@ class Courier:
         self._poke = poke
         self._clock = clock
         self._gateway: Link | None = None
-        self._node = NodeIdentity.of(poke, state_dir)
+        settings = get_settings()
+        self._node = NodeIdentity.of(poke, state_dir, settings.node_url or "")
+        self._shared: bool | None = None  # as the gateway was told
         self._databases = {
-            alias: Database(alias, self._node, clock)
+            alias: Database(alias, self._node, clock, lease=settings.limits.lease_seconds)
             for alias in connections
             if connections[alias].vendor != "unknown"  # Django's dummy engine of a project without databases
         }
@@ -194,6 +201,7 @@ class Courier:
             raise RemoteWireError(f"Link came with {count} descriptors")
         self._drop_gateway()
         self._gateway = Link(socket.socket(fileno=fds[0]), messages.GatewayToCourier)
+        self._shared = None
         for database in self._databases.values():
             database.send_anew()
 
@@ -229,13 +237,17 @@ class Courier:
         _log.log(level, "the link to the gateway is dropped, until the next one comes: %s", error)
         self._drop_gateway()
 
-    def _take(self, message: Submitted | Transition | Ask | Forgotten | ScheduleOrder, size: int) -> None:
+    def _take(self, message: messages.GatewayToCourier, size: int) -> None:
         if isinstance(message, Transition):
             self._database_of(message).hold(message, size)
         elif isinstance(message, Ask):
             self._tell(self._answer(message))
         elif isinstance(message, ScheduleOrder):
             self._tell(self._obey(message))
+        elif isinstance(message, Locate):
+            self._tell(self._locate(message))
+        elif isinstance(message, Disowned):
+            any(database.take_disowned(message) for database in self._databases.values())
         elif isinstance(message, Forgotten):
             any(database.take_forgotten(message) for database in self._databases.values())
         else:
@@ -260,6 +272,18 @@ class Courier:
             _log.exception("the question about %s/%s/%s cannot be answered", ask.app, ask.model, ask.pk)
             return Answer(ask=ask.ask, status="away", detail=str(error))
 
+    def _locate(self, question: Locate) -> Located:
+        away = ""
+        for database in self._databases.values():
+            try:
+                found = database.locate(question.run, self._clock())
+            except Away as error:
+                away = str(error)
+                continue
+            if found is not None:
+                return msgspec.structs.replace(found, ask=question.ask)
+        return Located(ask=question.ask, status="away" if away else "unknown", detail=away)
+
     def _obey(self, order: ScheduleOrder) -> ScheduleAnswer:
         try:
             database = self._databases.get(home())
@@ -282,6 +306,10 @@ class Courier:
                     self._tell(message)
             except Away:
                 self._beat()  # it may have taken its time; it has said so in the log, and its work waits
+        shared = any(database.shared for database in self._databases.values())
+        if self._gateway is not None and shared is not self._shared and (shared or self._shared):
+            self._shared = shared
+            self._tell(Company(shared=shared))
 
     def _tell(self, message: Message) -> None:
         """Send to the gateway; without one, its successor asks or is asked again."""

@@ -5,7 +5,9 @@ Rule 1: older news never overwrite newer; `version` decides.
 Rule 2: every transaction begins with a write. On SQLite a deferred transaction that reads first fails at once
 ("database is locked") when somebody wrote in between, instead of waiting its turn.
 
-Rule 3: the gateway is right. It has at most one open run per task row, so another open projection of that row
+Rule 3: what comes with another fence than the run's is void: the run is another node's now (taskkit.courier.takeover).
+
+Rule 4: the gateway is right. It has at most one open run per task row, so another open projection of that row
 is either a submission that waits in the outbox, or one whose end was lost on the way.
 """
 
@@ -17,7 +19,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, Final
 
 from django.db import DataError, IntegrityError, transaction
-from django.db.models import QuerySet
+from django.db.models import Exists, OuterRef, Q, QuerySet
 from django.utils import timezone
 
 from taskkit.courier import unspoken, upsert
@@ -39,8 +41,8 @@ _LOGGED: Final = 500
 _UNSTORABLE: Final = (IntegrityError, DataError, ValueError, OverflowError, RecursionError)
 
 
-def write(using: str, transitions: Sequence[Transition]) -> None:
-    """Bring the database `using` up to these transitions: in one transaction, or one each if that fails.
+def write(using: str, transitions: Sequence[Transition], node: str = "") -> None:
+    """Bring the database `using` up to these transitions of `node`: in one transaction, or one each if that fails.
 
     A value that this database cannot store (NUL in PostgreSQL's jsonb, NaN) is left out, so that the status
     is right all the same; what fails even then is logged and given up.
@@ -52,20 +54,20 @@ def write(using: str, transitions: Sequence[Transition]) -> None:
         with transaction.atomic(using=using):
             plain = [transition for transition in transitions if upsert.is_plain(using, transition)]
             if plain:
-                upsert.write(using, plain)
+                upsert.write(using, plain, node)
             for transition in transitions:
                 if not upsert.is_plain(using, transition):
-                    _put(using, transition, _values(transition))
+                    _put(using, transition, {**_values(transition), "node": node})
     except _UNSTORABLE:
         for transition in transitions:
-            _write_alone(using, transition)
+            _write_alone(using, transition, node)
 
 
-def _write_alone(using: str, transition: Transition) -> None:
+def _write_alone(using: str, transition: Transition, node: str) -> None:
     for columns in (_values, _bare_values):
         try:
             with transaction.atomic(using=using):
-                _put(using, transition, columns(transition))
+                _put(using, transition, {**columns(transition), "node": node})
             return
         except _UNSTORABLE as error:
             _log.warning(
@@ -98,6 +100,7 @@ def _bare_values(transition: Transition) -> dict[str, Any]:
     key = transition.row.key if transition.row else None
     return {
         "task": transition.task,
+        "fence": transition.fence,
         "status": RunStatus(transition.status).value,
         "version": transition.version,
         "attempt": transition.attempt,
@@ -113,15 +116,18 @@ def _bare_values(transition: Transition) -> dict[str, Any]:
 def _put(using: str, transition: Transition, values: dict[str, Any]) -> None:
     run = transition.run
     if values["row_key"] and values["status"] not in TERMINAL:
-        _make_way(using, run, values["row_key"])
+        _make_way(using, run, values)
     runs = Run.objects.using(using).filter(id=run)
-    if runs.filter(version__lt=transition.version).update(**values):
+    # A write first (rule 2), whose conditions decide (rules 1, 3).
+    if runs.filter(version__lt=transition.version, fence__in=("", transition.fence)).update(**values):
         if transition.attempt > 1 or transition.failure is not None:
             _add_attempt(runs, transition)
         if unspoken.is_unspoken(transition):
             unspoken.submit(using, transition.run)
     elif not runs.exists():
-        created = Run(id=run, **values)
+        # What Django did not submit and cannot store it could not submit elsewhere.
+        options = json.loads(transition.options) if "args" in values else None
+        created = Run(id=run, **values, options=options)
         Run.objects.using(using).bulk_create([created])  # unlike create: no signal, no user code
         _add_attempt(runs, transition)
         if unspoken.is_unspoken(transition):
@@ -139,14 +145,18 @@ def _add_attempt(runs: QuerySet[Run], transition: Transition) -> None:
         runs.update(worker_ids=workers, errors=errors[-MAX_ERRORS:])
 
 
-def _make_way(using: str, run: str, row_key: str) -> None:
-    """Let no other open projection hold `row_key`: the constraint allows one.
+def _make_way(using: str, run: str, values: dict[str, Any]) -> None:
+    """Let no other open projection hold the row's key: the constraint allows one.
 
     A waiting submission keeps its row without the key; the gateway answers it with this run, or makes it a
-    run of its own, whose transition brings the key back. Anything else has ended unheard; a late transition
-    of it still counts, as the version stays.
+    run of its own, whose transition brings the key back. What another node has keeps the key, and this run is without.
+    Anything else has ended unheard; a late transition of it still counts, as the version stays.
     """
+    row_key = values["row_key"]
     others = Run.objects.using(using).filter(row_key=row_key, status__in=OPEN).exclude(id=run)
+    if others.exclude(node__in=("", values["node"])).exists():
+        values["row_key"] = None
+        return
     waiting = Outbox.objects.using(using).filter(row_key=row_key, state=Outbox.State.PENDING).values("id")
     others.filter(id__in=waiting).update(row_key=None)
     error = {"code": "superseded", "message": f"how it ended was not heard; its row now has the run {run}"}
@@ -158,34 +168,44 @@ def settle(using: str, answers: Iterable[Submitted]) -> None:
 
     Accepted: the outbox entry goes. Its row was running already: the entry and its projection go, the other
     run has one of its own. Refused: the entry stays for people to see, the projection says why it failed.
+    An answer of a node that has the run no more is void.
 
     Raises:
       DatabaseError: the database is away; the answers still stand.
     """
     refused = []
+    accepted: dict[str, list[str]] = {}
     with transaction.atomic(using=using):
         for answer in answers:
-            if answer.code or answer.error:
-                # PostgreSQL stores no NUL, and an answer that cannot be stored would be tried for ever
-                code, message = answer.code or "refused", answer.error.replace("\0", "\ufffd")
-                refused.append((answer.id, _refuse(using, answer.id, code, message), code, message))
-            else:
-                _accept(using, answer)
+            if not (answer.code or answer.error):
+                accepted.setdefault(answer.fence, []).append(answer.id)
+                if answer.run != answer.id:
+                    gone = Run.objects.using(using).filter(id=answer.id, version=0)
+                    gone.filter(fence__in=("", answer.fence))._raw_delete(using)
+                continue
+            # PostgreSQL stores no NUL, and an answer that cannot be stored would be tried for ever
+            code, message = answer.code or "refused", answer.error.replace("\0", "\ufffd")
+            refused.append((answer.id, _refuse(using, answer, code, message), code, message))
+        for fence, ids in accepted.items():
+            # Unlike delete(): one statement, no signal, no user code. Nothing refers to these rows.
+            _entries(using, ids, fence)._raw_delete(using)
     for run, task, code, message in refused:
         _log.warning("run %s of %s in %r was refused (%s): %s", run, task, using, code, _one_line(message))
 
 
-def _accept(using: str, answer: Submitted) -> None:
-    # Unlike delete(): one statement, no signal, no user code. Nothing refers to these rows.
-    Outbox.objects.using(using).filter(id=answer.id)._raw_delete(using)
-    if answer.run != answer.id:
-        Run.objects.using(using).filter(id=answer.id, version=0)._raw_delete(using)
+def _entries(using: str, ids: list[str], fence: str) -> QuerySet[Outbox]:
+    """Return the outbox entries of runs that no other node has by now: a run that was put back has a new entry."""
+    others = Run.objects.using(using).filter(id=OuterRef("id")).exclude(fence__in=("", fence))
+    return Outbox.objects.using(using).filter(~Exists(others), id__in=ids)
 
 
-def _refuse(using: str, run: str, code: str, message: str) -> str:
+def _refuse(using: str, answer: Submitted, code: str, message: str) -> str:
     """Store the refusal; return the name of the task."""
-    Outbox.objects.using(using).filter(id=run).update(state=Outbox.State.REFUSED, error=message or code)
-    Run.objects.using(using).filter(id=run, version=0, status__in=OPEN).update(
+    run = answer.id
+    _entries(using, [run], answer.fence).update(state=Outbox.State.REFUSED, error=message or code)
+    # Of one that was taken over, Django had heard before.
+    new = Run.objects.using(using).filter(Q(version=0) | Q(moves__gt=0), id=run, fence__in=("", answer.fence))
+    new.filter(status__in=OPEN).update(
         status=RunStatus.FAILED.value, error={"code": code, "message": message}, finished_at=timezone.now()
     )
     found = Run.objects.using(using).filter(id=run).values_list("task", flat=True)[:1]

@@ -3,8 +3,8 @@
 A store that was wiped (a new container, a removed state directory) tells of no end of its runs any more. Without this
 their projections would stay open for good, and a task row that has one could never be started again.
 
-Rule: nobody but this tree may have made the runs. While another node of the same database was seen of late, nothing
-is compared. A run that is wrongly held to be forgotten comes back with its next transition: its version stays.
+Rule: only what this node has is compared; and what no node has, while no other lives. A run that is wrongly held to be
+forgotten comes back with its next transition: its version stays.
 """
 
 from __future__ import annotations
@@ -16,8 +16,7 @@ from typing import Final
 from django.utils import timezone
 
 from taskkit.lifecycle import RunStatus
-from taskkit.models import OPEN, Node, Outbox, Run
-from taskkit.outbox import NODE_FRESH
+from taskkit.models import OPEN, Outbox, Run
 from taskkit.wire.messages import Recall
 
 #: Seconds from a new link to the first question, between two questions, and between two walks through all that is
@@ -60,27 +59,24 @@ class Comparison:
         self._asked.clear()
         self.next = now + FIRST
 
-    def ask(self, now: float) -> list[Recall]:
-        """Return the next question; none while another tree may have made the runs.
+    def ask(self, now: float, *, shared: bool = False) -> list[Recall]:
+        """Return the next question, about runs of this node; of nobody, too, unless the database is `shared`.
 
         Raises:
           DatabaseError: the database is away.
         """
-        found = {} if self._is_shared() else self._open()
+        found = self._open((self._node,) if shared else ("", self._node))
         self._after = max(found, default="") if len(found) == BATCH else ""
         self.next = now + (NEXT if self._after else PAUSE)
         self._asked = set(found)
         return [Recall(runs=found)] if found else []
 
-    def _is_shared(self) -> bool:
-        seen = timezone.now() - timedelta(seconds=NODE_FRESH)
-        others = Node.objects.using(self._using).filter(seen_at__gte=seen).exclude(name=self._node)
-        return others.exists()
-
-    def _open(self) -> dict[str, int]:
+    def _open(self, nodes: tuple[str, ...]) -> dict[str, int]:
         """Return versions by id: what is open, has been so for a while, and does not wait in the outbox."""
         runs = Run.objects.using(self._using)
-        found = runs.filter(status__in=OPEN, created_at__lt=timezone.now() - timedelta(seconds=AGE))
+        found = runs.filter(
+            status__in=OPEN, node__in=nodes, created_at__lt=timezone.now() - timedelta(seconds=AGE)
+        )
         if self._after:
             found = found.filter(id__gt=self._after)
         waiting = Outbox.objects.using(self._using).filter(state=Outbox.State.PENDING).values("id")

@@ -39,6 +39,8 @@ _SET: Final = (
     "metadata",
     "tags",
     "worker_ids",
+    "fence",
+    "node",
 )
 
 #: Columns of a row that nobody submitted here, with what they have then.
@@ -49,9 +51,12 @@ _ALSO: Final = {
     "backend": "",
     "queue": "",
     "run_after": None,
+    "moves": 0,
 }
 
-_JSON: Final = frozenset({"args", "kwargs", "result", "error", "errors", "metadata", "tags", "worker_ids"})
+_JSON: Final = frozenset(
+    {"args", "kwargs", "result", "error", "errors", "metadata", "tags", "worker_ids", "options"}
+)
 
 
 def is_plain(using: str, transition: Transition) -> bool:
@@ -66,8 +71,8 @@ def is_plain(using: str, transition: Transition) -> bool:
     )
 
 
-def write(using: str, transitions: Sequence[Transition]) -> None:
-    """Bring these projections up to their transitions, in the transaction that is open.
+def write(using: str, transitions: Sequence[Transition], node: str) -> None:
+    """Bring these projections up to their transitions of `node`, in the transaction that is open.
 
     Raises:
       DatabaseError: the database does not take one of them, or is away.
@@ -79,7 +84,7 @@ def write(using: str, transitions: Sequence[Transition]) -> None:
         known = newest.setdefault(transition.run, transition)
         if known.version < transition.version:
             newest[transition.run] = transition
-    rows = [prepare(transition) for transition in newest.values()]
+    rows = [prepare(transition, node) for transition in newest.values()]
     with connection.cursor() as cursor:
         if connection.vendor == "sqlite":  # an old one takes 999 parameters
             cursor.executemany(f"{head} {place} {tail}", rows)
@@ -90,12 +95,12 @@ def write(using: str, transitions: Sequence[Transition]) -> None:
 
 
 @cache
-def _statement(using: str) -> tuple[str, str, str, Callable[[Transition], list[Any]]]:
+def _statement(using: str) -> tuple[str, str, str, Callable[[Transition, str], list[Any]]]:
     """Return the statement in front of its rows, one row, what is behind them; what makes a row of a transition."""
     connection = connections[using]
     quote = connection.ops.quote_name
     table = quote(Run._meta.db_table)
-    names = ["id", *_SET, *_ALSO]
+    names = ["id", *_SET, *_ALSO, "options"]
     cast = "%s::jsonb" if connection.vendor == "postgresql" else "%s"
     places = ", ".join(cast if name in _JSON else "%s" for name in names)
     changes = ", ".join(f"{quote(name)} = excluded.{quote(name)}" for name in _SET)
@@ -103,7 +108,8 @@ def _statement(using: str) -> tuple[str, str, str, Callable[[Transition], list[A
     head = f"INSERT INTO {table} ({columns}) VALUES"
     tail = (
         f"ON CONFLICT ({quote('id')}) DO UPDATE SET {changes} "
-        f"WHERE {table}.{quote('version')} < excluded.{quote('version')}"
+        f"WHERE {table}.{quote('version')} < excluded.{quote('version')} "
+        f"AND {table}.{quote('fence')} IN ('', excluded.{quote('fence')})"
     )
     adapt = connection.ops.adapt_datetimefield_value
 
@@ -116,7 +122,7 @@ def _statement(using: str) -> tuple[str, str, str, Callable[[Transition], list[A
     also = [text(value) if isinstance(value, bytes) else value for value in _ALSO.values()]
     native = connection.features.has_native_uuid_field
 
-    def prepare(transition: Transition) -> list[Any]:
+    def prepare(transition: Transition, node: str) -> list[Any]:
         id = uuid.UUID(transition.run)
         return [
             id if native else id.hex,
@@ -135,7 +141,10 @@ def _statement(using: str) -> tuple[str, str, str, Callable[[Transition], list[A
             text(transition.metadata),
             text(msgspec.json.encode(transition.tags)),
             text(msgspec.json.encode([transition.runner] if transition.attempt else [])),
+            transition.fence,
+            node,
             *also,
+            text(transition.options),
         ]
 
     return head, f"({places})", tail, prepare

@@ -291,13 +291,15 @@ class Created(Message, frozen=True):
     """Answer to `Create`: the saved row, or messages by field, or a failure that is not the caller's.
 
     `run` is the id of the submission that the row was saved for: the one asked about, or an earlier one with its
-    idempotency key. `using` is the alias of the database that has its outbox entry.
+    idempotency key. `using` is the alias of the database that has its outbox entry, `node` and `fence` whose it is.
     """
 
     ask: str
     row: Row | None = None
     run: str = ""
     using: str = "default"
+    node: str = ""
+    fence: str = ""
     errors: dict[str, str] = {}
     failure: TaskFailure | None = None
 
@@ -602,10 +604,35 @@ CourierMessage = CourierReady | Beat
 # --- courier ↔ gateway ----------------------------------------------------------------------------------------
 
 
+class Taken(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What Django knew of a run when it was taken from a node that is dead, so that another can go on with it.
+
+    Attributes:
+      node: whom it was taken from.
+      moves: how often it was taken, this time included.
+      version, attempt: of its newest transition that Django has.
+      counted: attempts that count against `max_attempts`; crashes: runners that it has killed.
+      began: whether an attempt had begun that has not ended; runner: on which one.
+    """
+
+    node: str
+    moves: int
+    version: int = 0
+    attempt: int = 0
+    counted: int = 0
+    crashes: int = 0
+    began: bool = False
+    runner: str = ""
+    created_at: float = 0.0
+    started_at: float | None = None
+
+
 class Submit(Message, frozen=True):
     """A row of the outbox wants to become the run `id`. Idempotent: the same id again gives the same answer.
 
-    `key` is the idempotency key of a submission over HTTP, `digest` that of the body that came with it.
+    `key` is the idempotency key of a submission over HTTP, `digest` that of the body that came with it. `fence` is what
+    Django has noted of this node's claim, if anything, and `node` its name where it is still to be noted; `taken`: the
+    run was another node's.
     """
 
     id: str
@@ -631,22 +658,31 @@ class Submit(Message, frozen=True):
     using: str = "default"
     key: str | None = None
     digest: bytes = b""
+    fence: str = ""
+    node: str = ""
+    taken: Taken | None = None
 
 
 class Submitted(Message, frozen=True):
-    """Answer to `Submit`: committed as run `run` (another id when the row was already running), or refused."""
+    """Answer to `Submit`: committed as run `run` (another id when the row was already running), or refused.
+
+    `fence`: of the copy that there is here, else of the submission.
+    """
 
     id: str
     run: str = ""
     error: str = ""
     code: str = ""
+    fence: str = ""
 
 
 class Transition(Message, frozen=True):
     """The run as it stands since `version`; the courier writes it to the project's database `using`.
 
     `args`, `kwargs`, `metadata`, `result`, `error` and `failure` are JSON as it is stored: the courier parses it, not
-    the loop that serves streams. `runner`, `attempted_at`, `failure`: of the newest attempt.
+    the loop that serves streams. `runner`, `attempted_at`, `failure`: of the newest attempt. `fence` is that of this
+    node's copy of the run; where Django has another, this is void. `options`: JSON of what else the submission said,
+    of one that Django has not made.
     """
 
     run: str
@@ -669,6 +705,8 @@ class Transition(Message, frozen=True):
     metadata: bytes = b"{}"
     tags: list[str] = []
     using: str = "default"
+    fence: str = ""
+    options: bytes = b"{}"
 
 
 class Told(Message, frozen=True):
@@ -717,6 +755,48 @@ class Forgotten(Message, frozen=True):
     run: str
 
 
+class Company(Message, frozen=True):
+    """Whether other nodes live that share a database with this one: then a run may be at another's."""
+
+    shared: bool
+
+
+class Disown(Message, frozen=True):
+    """Another node has this run now: the copy with this fence counts no more. Answered by `Disowned`."""
+
+    run: str
+    fence: str
+
+
+class Disowned(Message, frozen=True):
+    """There is no such copy here (any more)."""
+
+    run: str
+    fence: str
+
+
+class Locate(Message, frozen=True):
+    """Which node has this run? Answered by `Located` with the same `ask`."""
+
+    ask: str
+    run: str
+
+
+class Located(Message, frozen=True):
+    """Answer to `Locate`.
+
+    `status`: "found" (with the URL of a node that lives, the run's task and whose it is), "unknown" (no node that could
+    be named has it), "away" (the database does not answer).
+    """
+
+    ask: str
+    status: str
+    url: str = ""
+    task: str = ""
+    subject: str = ""
+    detail: str = ""
+
+
 class ScheduleOrder(Message, frozen=True):
     """What is to be done with schedules: "list", "create", "show", "enable", "disable", "delete". Answered by
     `ScheduleAnswer` with the same `ask`.
@@ -750,8 +830,8 @@ class ScheduleAnswer(Message, frozen=True):
     errors: dict[str, str] = {}
 
 
-CourierToGateway = Submit | Told | Answer | Recall | ScheduleAnswer
-GatewayToCourier = Submitted | Transition | Ask | Forgotten | ScheduleOrder
+CourierToGateway = Submit | Told | Answer | Recall | ScheduleAnswer | Company | Disown | Located
+GatewayToCourier = Submitted | Transition | Ask | Forgotten | ScheduleOrder | Disowned | Locate
 
 
 # --- operator socket ------------------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.bench import (
+    commits,
     crowd,
     deaths,
     fanout,
@@ -44,7 +45,7 @@ from tests.bench.registry import BENCHMARKS, Benchmark
 #: Importing a module registers its benchmarks.
 MODULES = (
     *(start, ingest, latency, retention, fanout, scale, subscribers, crowd, memory),
-    *(queues, deaths, idle, together),
+    *(commits, queues, deaths, idle, together),
 )
 
 

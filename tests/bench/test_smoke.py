@@ -15,6 +15,7 @@ import pytest
 
 from tests.bench import __main__ as command
 from tests.bench import (
+    commits,
     crowd,
     deaths,
     fanout,
@@ -51,6 +52,10 @@ def test_start() -> None:
     names = " ".join(one.name for one in found)
     for part in ("fork -> first byte", "peer: exec", "fork / exec", "submit -> run.started", "idle runner"):
         assert part in names
+
+
+def test_commits() -> None:
+    complete(commits.commits(rounds=1, n=2))
 
 
 def test_ingest() -> None:
@@ -121,7 +126,7 @@ def test_every_benchmark_is_smoked_here() -> None:
     assert set(BENCHMARKS) == elsewhere | {
         *("start", "ingest", "latency", "retention", "async", "speakers"),
         *("fanout", "unpaced", "large", "growth", "resting", "joining", "crowd"),
-        *("submit", "first", "fresh", "reuse", "deaths", "idle"),
+        *("commit", "submit", "first", "fresh", "reuse", "deaths", "idle"),
     }
 
 

@@ -80,6 +80,13 @@ def sleepy(seconds: float) -> str:
     return "slept"
 
 
+@task(on_lost="fail")
+def once(seconds: float) -> str:
+    """Sleep; never to be done twice."""
+    time.sleep(seconds)
+    return "slept"
+
+
 @task
 async def asleepy(seconds: float) -> str:
     """Sleep without a word, in a coroutine."""

@@ -80,6 +80,11 @@ class Contestant:
         found: list[float] = self._ask("starts", n=n, pause=pause)
         return found
 
+    def commits(self, n: int, pause: float) -> list[float]:
+        """Return the seconds from the commit of each of `n` submissions to its body's first act."""
+        found: list[float] = self._ask("commits", n=n, pause=pause)
+        return found
+
     def rate(self, n: int) -> float:
         """Return how many of `n` bodies, submitted at once, are performed per second."""
         return n / float(self._ask("bulk", n=n))
@@ -154,13 +159,24 @@ def process(
 
 
 @contextmanager
-def ours(runners: int = RUNNERS, *, app: str = "bulkhead", **settings: Any) -> Iterator[Contestant]:
-    """Have a tree of the tests' project with these settings, and a Django process that submits to it."""
+def ours(
+    runners: int = RUNNERS,
+    *,
+    app: str = "bulkhead",
+    database: Mapping[str, str] | None = None,
+    **settings: Any,
+) -> Iterator[Contestant]:
+    """Have a tree of the tests' project with these settings, and a Django process that submits to it.
+
+    `database` is the environment that names another one than a SQLite file, migrated.
+    """
     overrides = {f"TASKKIT_{name}": json.dumps(value) for name, value in settings.items()}
-    with Tree(runners=runners, env=overrides) as tree:
+    with Tree(runners=runners, env=overrides | dict(database or {})) as tree:
         # The courier has registered where to poke it; what comes earlier is found by polling.
-        with closing(sqlite3.connect(f"file:{tree.database}?mode=ro", uri=True, timeout=5)) as database:
-            eventually(lambda: database.execute("SELECT 1 FROM taskkit_node").fetchone(), 10, "a node's row")
+        eventually(lambda: (tree.state_dir / "node").exists(), 10, "a node's name")
+        if database is None:
+            with closing(sqlite3.connect(f"file:{tree.database}?mode=ro", uri=True, timeout=5)) as file:
+                eventually(lambda: file.execute("SELECT 1 FROM taskkit_node").fetchone(), 10, "a node's row")
         environment = tree.environment() | {
             "DJANGO_SETTINGS_MODULE": "tests.project.settings",
             "BENCH_URL": tree.url,

@@ -42,7 +42,7 @@ from taskkit import tokens
 from taskkit.errors import IdempotencyConflict, LifecycleError, SubmitError
 from taskkit.lifecycle import RunStatus
 from taskkit.settings import Settings
-from taskkit.wire.messages import Answer, Created, Row, ScheduleAnswer, ScheduleOrder, TaskInfo
+from taskkit.wire.messages import Answer, Created, Located, Row, ScheduleAnswer, ScheduleOrder, TaskInfo
 
 KEY = b"k" * 32
 
@@ -201,6 +201,10 @@ class MemoryStore:
         await self._check()
         return {row.id: replace(row) for row in self.rows.values() if row.id in ids}
 
+    async def copies(self, ids: Sequence[str]) -> dict[str, RunRow]:
+        await self._check()
+        return {}
+
     async def runs(self, which: RunFilter) -> list[RunRow]:
         await self._check()
         found = [row for row in self.rows.values() if _selects(which, row)]
@@ -351,6 +355,7 @@ class StubEngine:
     answer: Answer | None = None
     views: list[View] = field(default_factory=list)
     courier: bool = True
+    located: dict[str, Located] = field(default_factory=dict)
     created: list[dict[str, Any]] = field(default_factory=list)
     graces: list[float | None] = field(default_factory=list)
     inputs: Inputs = field(default_factory=lambda: Inputs([]))
@@ -437,6 +442,10 @@ class StubEngine:
     async def ask(self, app: str, model: str, pk: str) -> Answer:
         await trio.lowlevel.checkpoint()
         return self.answer or Answer(ask="1", status="unknown")
+
+    async def locate(self, id: str) -> Located | None:
+        await trio.lowlevel.checkpoint()
+        return self.located.get(id)
 
     async def schedule(self, order: ScheduleOrder) -> ScheduleAnswer:
         await trio.lowlevel.checkpoint()

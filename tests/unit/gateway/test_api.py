@@ -19,7 +19,7 @@ from taskkit.errors import InvalidArguments, NotWritable, QueueFull
 from taskkit.identifiers import new_run_id, parse_run_id
 from taskkit.lifecycle import RunStatus
 from taskkit.settings import LimitSettings, Settings
-from taskkit.wire.messages import Created
+from taskkit.wire.messages import Created, Located
 from tests.unit.gateway.fakes import KEY, Exchange, StubEngine, View, app_of, client_of, exchange, token
 
 RUNS = "/api/v1/runs"
@@ -387,6 +387,32 @@ async def test_subscribers_are_counted() -> None:
         await trio.testing.wait_all_tasks_blocked()
         assert (await client.get(f"{RUNS}/{run.id}")).json()["subscribers"] == 1
         assert (await client.get("/api/v1/stats")).json()["subscribers"] == 1
+
+
+@pytest.mark.parametrize(
+    ("method", "rest"),
+    [
+        ("GET", ""),
+        ("HEAD", ""),
+        ("GET", "/result"),
+        ("GET", "/events?after=3&types=a%2Cb"),
+        *(("POST", rest) for rest in ("/cancel", "/replay", "/input/approval")),
+    ],
+)
+async def test_a_run_of_another_node_is_answered_there(method: str, rest: str) -> None:
+    engine = StubEngine()
+    run, hidden = new_run_id(), new_run_id()
+    engine.located = {
+        run: Located(ask="1", status="found", url="https://node2.example/base/", task="demo.count"),
+        hidden: Located(ask="1", status="found", url="https://node2.example", task="other.task"),
+    }
+    everything = sorted(tokens.ACTIONS)
+    async with client_of(engine, token(runs=(), tasks=("demo.*",), actions=everything)) as client:
+        response = await client.request(method, f"{RUNS}/{run}{rest}")
+        assert response.status_code == 307
+        assert response.headers["location"] == f"https://node2.example/base{RUNS}/{run}{rest}"
+        assert response.headers["cache-control"] == "no-store"
+        assert (await client.request(method, f"{RUNS}/{hidden}{rest}")).status_code == 404
 
 
 @pytest.mark.parametrize("rest", ["", "/result", "/events"])

@@ -192,6 +192,7 @@ async def test_the_order_has_all_that_the_outbox_needs(tmp_path: Path, runner: H
             subject="ann",
             key="k",
             digest=b"\xff",
+            fence=order.submission.fence,
         )
         runner.say(Created(ask=order.ask, row=SAVED, run=asked.id))
 
@@ -210,3 +211,20 @@ async def test_no_row_is_saved_that_could_not_become_a_run(tmp_path: Path, runne
         assert away.value.retry_after
         assert full.value.retry_after
         assert not [order for order in runner.orders() if isinstance(order, Create)]
+
+
+@pytest.mark.parametrize(("node", "refused"), [("here", False), ("", False), ("there", True)])
+async def test_the_row_is_this_nodes_from_its_first_moment(
+    tmp_path: Path, runner: HandRunner, node: str, refused: bool
+) -> None:
+    async with gate(tmp_path) as g, trio.open_nursery() as nursery:
+        (g.engine.directory / "node").write_text("here\n")
+        await _idle(g, runner)
+        results: list[Any] = []
+        nursery.start_soon(_create, g, results)
+        order = await runner.ordered(Create)
+        assert order.submission.node == "here"
+        assert order.submission.fence
+        runner.say(Created(ask=order.ask, row=SAVED, node=node, fence="f"))
+        await g.until(lambda: results)
+        assert isinstance(results[0], NotWritable) is refused

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -14,7 +15,7 @@ import trio
 
 from gateway import link
 from gateway.link import transition_of
-from gateway.store.rows import RunRow
+from gateway.store.rows import RunFilter, RunRow
 from taskkit import linux, seqpacket
 from taskkit.channel import Channel
 from taskkit.errors import NotWritable
@@ -24,17 +25,23 @@ from taskkit.wire.codec import pack
 from taskkit.wire.messages import (
     Answer,
     Ask,
+    Company,
+    Disown,
+    Disowned,
     Forgotten,
     GatewayToCourier,
+    Locate,
+    Located,
     Message,
     Recall,
     Row,
     Submit,
     Submitted,
+    Taken,
     Told,
     Transition,
 )
-from tests.unit.gateway.gate import ROW_TASK, Gate, gate, submission
+from tests.unit.gateway.gate import ROW_TASK, Gate, HandRunner, gate, submission
 
 _M = TypeVar("_M", bound=Message)
 
@@ -79,7 +86,9 @@ async def test_an_outbox_row_becomes_a_run_and_only_one(tmp_path: Path) -> None:
         courier.channel.send(submit)
         courier.channel.send(submit)
         for _ in range(2):
-            assert await courier.next(Submitted) == Submitted(id=submit.id, run=submit.id)
+            answer = await courier.next(Submitted)
+            assert (answer.id, answer.run, answer.code) == (submit.id, submit.id, "")
+            assert answer.fence == g.engine.book.runs[1].fence != ""
         (run,) = g.engine.book.runs.values()
         assert (run.id, run.priority, run.tags, run.subject) == (submit.id, 3, ("a",), "bob")
         assert (run.using, run.origin, run.kwargs) == ("other", "outbox", b'{"n":5}')
@@ -156,7 +165,8 @@ async def test_a_row_that_runs_already_is_answered_with_that_run(tmp_path: Path)
         courier.channel.send(first)
         assert (await courier.next(Submitted)).run == first.id
         courier.channel.send(second)
-        assert await courier.next(Submitted) == Submitted(id=second.id, run=first.id)
+        answer = await courier.next(Submitted)
+        assert (answer.id, answer.run, answer.code, answer.fence) == (second.id, first.id, "", "")
 
 
 async def test_every_change_is_told_until_it_is_confirmed(tmp_path: Path) -> None:
@@ -364,3 +374,114 @@ async def test_more_than_memory_holds_is_told_from_the_store(
                     courier.channel.send(Told(run=transition.run, version=transition.version))
                 assert len(untold) <= 10
         assert told == {run.id: 2 if run in runs[:30] else 1 for run in runs}
+
+
+async def test_a_run_that_is_another_nodes_is_let_go_of_and_can_come_back(tmp_path: Path) -> None:
+    async with gate(tmp_path) as g, linked(g) as courier:
+        id = new_run_id()
+        courier.channel.send(Submit(id=id, task="t.f", fence="f1"))
+        assert (await courier.next(Submitted)).fence == "f1"
+        courier.channel.send(Disown(run=id, fence="other"))
+        assert await courier.next(Disowned) == Disowned(run=id, fence="other")
+        assert g.engine.book.find(id) is not None, "only the copy that is meant"
+        courier.channel.send(Disown(run=id, fence="f1"))
+        assert await courier.next(Disowned) == Disowned(run=id, fence="f1")
+        assert await g.engine.store.run(id) is None
+        assert await g.engine.store.runs(RunFilter()) == []
+        courier.channel.send(Disown(run=id, fence="f1"))
+        assert await courier.next(Disowned) == Disowned(run=id, fence="f1"), "also what is not there"
+        taken = Taken(node="n2", moves=2, version=9, attempt=1, began=True, created_at=time.time())
+        courier.channel.send(Submit(id=id, task="t.f", fence="f3", taken=taken))
+        assert (await courier.next(Submitted)).fence == "f3"
+        run = await g.engine.store.run(id)
+        assert run is not None
+        assert (run.fence, run.epoch, run.attempt, run.no) == ("f3", 2000, 1, 2)
+        told = await courier.next(Transition)
+        assert (told.fence, told.version) == ("f3", 10)
+
+
+async def test_a_copy_of_earlier_times_is_not_taken_for_the_run_that_came_back(tmp_path: Path) -> None:
+    async with gate(tmp_path) as g, linked(g) as courier:
+        id = new_run_id()
+        courier.channel.send(Submit(id=id, task="t.f", fence="f1"))
+        await courier.next(Submitted)
+        again = Submit(id=id, task="t.f", fence="f2", taken=Taken(node="n2", moves=1, version=3))
+        for _ in range(2):  # the second time it is a repetition
+            courier.channel.send(again)
+            assert (await courier.next(Submitted)).fence == "f2"
+        assert [run.fence for run in g.engine.book.runs.values()] == ["f2"]
+
+
+async def test_where_a_run_is_is_asked_only_in_company(tmp_path: Path) -> None:
+    async with gate(tmp_path) as g, linked(g) as courier:
+        assert await g.engine.locate("x") is None
+        courier.channel.send(Company(shared=True))
+        await g.until(lambda: g.engine.courier.shared)
+        found: list[Located | None] = []
+
+        async def locate() -> None:
+            found.append(await g.engine.locate("x"))
+
+        async with trio.open_nursery() as nursery:
+            for status in ("found", "unknown"):
+                nursery.start_soon(locate)
+                asked = await courier.next(Locate)
+                courier.channel.send(Located(ask=asked.ask, status=status, url="http://there"))
+                await g.until(lambda status=status: len(found) == 1 + (status == "unknown"))
+        assert [None if one is None else one.url for one in found] == ["http://there", None]
+
+
+async def test_a_transition_says_what_another_node_would_need(tmp_path: Path) -> None:
+    async with gate(tmp_path) as g, linked(g) as courier:
+        run = await g.submit(max_attempts=3, timeout=5.0, priority=2)
+        told = await courier.next(Transition)
+        assert told.fence == run.fence
+        assert msgspec.json.decode(told.options) == {
+            "pool": "default",
+            "priority": 2,
+            "max_attempts": 3,
+            "timeout": 5.0,
+            "subject": "ann",
+        }
+
+
+async def test_a_repetition_by_http_of_what_is_another_nodes_makes_no_second_run(tmp_path: Path) -> None:
+    async with gate(tmp_path) as g, linked(g) as courier:
+        run = await g.submit(key="k", digest=b"d")
+        courier.channel.send(Disown(run=run.id, fence=run.fence))
+        id = (await courier.next(Disowned)).run
+        again, before = await g.engine.submit(submission(key="k", digest=b"d"))
+        assert (again.id, before, again.status) == (id, True, RunStatus.READY)
+        assert not g.engine.book.runs
+
+
+async def test_no_run_begins_before_it_is_known_whose_it_is(tmp_path: Path) -> None:
+    async with gate(tmp_path) as g:
+        g.engine.hold(60.0)
+        mine, theirs = await g.submit(), await g.submit()
+        id = theirs.id
+        runner = HandRunner()
+        runner.up(g.engine)
+        runner.hello()
+        async with linked(g) as courier:
+            await g.engine.flush()
+            assert not g.engine.book.attempts
+            courier.channel.send(Disown(run=id, fence=theirs.fence))
+            courier.channel.send(Company(shared=True))
+            await courier.next(Disowned)
+            await g.until(lambda: len(g.engine.book.attempts) == 1)
+            assert [attempt.run.id for attempt in g.engine.book.attempts.values()] == [mine.id]
+            await g.until(lambda: not g.engine.book.held)
+        assert await g.engine.store.upkeep.noted(link.SHARED) == "yes"
+        runner.close()
+
+
+async def test_whoever_hears_nothing_begins_by_himself(tmp_path: Path) -> None:
+    async with gate(tmp_path) as g:
+        g.engine.hold(0.05)
+        await g.submit()
+        runner = HandRunner()
+        runner.up(g.engine)
+        runner.hello()
+        await g.until(lambda: len(g.engine.book.attempts) == 1)
+        runner.close()

@@ -159,3 +159,19 @@ def test_what_does_not_see_a_request_that_becomes_a_task_is_e009() -> None:
     assert csrf in message
     with override_settings(MIDDLEWARE=[csrf, ours]):
         assert _found() == []
+
+
+class OutboxApart:
+    """A router that sends one of our tables elsewhere."""
+
+    def allow_migrate(
+        self, db: str, app_label: str, model_name: str | None = None, **hints: Any
+    ) -> bool | None:
+        return False if model_name == "outbox" else None
+
+
+def test_tables_that_are_torn_apart_are_e010() -> None:
+    with override_settings(DATABASE_ROUTERS=["tests.unit.taskkit.test_checks.OutboxApart"]):
+        [(id_, message)] = _found()
+    assert id_ == "taskkit.E010"
+    assert "Outbox" in message

@@ -455,3 +455,81 @@ def test_every_call_has_its_twin() -> None:
     plain = {name for name in names if f"a{name}" in names}
     assert plain >= {"submit", "follow", "lines", "result", "cancel", "status", "runs", "tasks", "close"}
     assert names == plain | {f"a{name}" for name in plain}
+
+
+def moved(url: str) -> Callable[[Handler], None]:
+    """Send the client to the same path elsewhere."""
+
+    def answer(handler: Handler) -> None:
+        handler.send_response(307)
+        handler.send_header("Location", url + handler.path)
+        handler.send_header("Content-Length", "0")
+        handler.end_headers()
+
+    return answer
+
+
+@pytest.fixture
+def elsewhere() -> Iterator[tuple[Server, str]]:
+    server = Server()
+    yield server, server.serve(socket.AF_INET, ("127.0.0.1", 0))
+    close_clients()
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_call_goes_to_the_node_that_has_the_run(
+    server: Server, gateway: Client, elsewhere: tuple[Server, str]
+) -> None:
+    other, url = elsewhere
+    server.script = [moved(url)]
+    other.script = [document(202, {"id": RUN})]
+    assert gateway.cancel(RUN, grace=2) == {"id": RUN}
+    [asked] = other.requests
+    assert (asked.method, asked.path, asked.body) == ("POST", f"/api/v1/runs/{RUN}/cancel", {"grace": 2})
+    assert asked.headers["Authorization"] == "Bearer secret-token"
+
+
+def test_nobody_is_sent_around_for_ever(
+    server: Server, gateway: Client, elsewhere: tuple[Server, str]
+) -> None:
+    other, url = elsewhere
+    server.script = [moved(url)] * 9
+    other.script = [moved(gateway.base_url)] * 9
+    with pytest.raises(GatewayError) as caught:
+        gateway.status(RUN)
+    assert caught.value.problem["status"] == 307
+    assert len(server.requests) + len(other.requests) == calls.MOVES + 1
+
+
+def test_a_stream_goes_on_at_the_node_that_has_the_run_by_now(
+    server: Server, gateway: Client, elsewhere: tuple[Server, str]
+) -> None:
+    other, url = elsewhere
+    server.script = [stream(event(1)), moved(url)]
+    other.script = [stream(event(2) + event(3, "stream.end"))]
+    assert [one.id for one in gateway.follow(RUN)] == ["1", "2", "3"]
+    assert other.requests[0].headers["Last-Event-ID"] == "1"
+
+
+async def test_so_it_does_asynchronously(
+    server: Server, gateway: Client, elsewhere: tuple[Server, str]
+) -> None:
+    other, url = elsewhere
+    server.script = [moved(url), moved(url)]
+    other.script = [document(200, {"id": RUN}), stream(event(1, "stream.end"))]
+    assert await gateway.astatus(RUN) == {"id": RUN}
+    async with aclosing(gateway.afollow(RUN)) as events:
+        assert [one.type async for one in events] == ["stream.end"]
+    await connections.aclose(connections.Address.parse(url))
+    await gateway.aclose()
+
+
+def test_a_node_that_has_died_is_not_insisted_on(server: Server, gateway: Client) -> None:
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        gone = f"http://127.0.0.1:{closed.getsockname()[1]}"
+        server.script = [moved(gone), document(200, {"id": RUN})]
+        assert gateway.status(RUN) == {"id": RUN}
+        server.script = [moved(gone), stream(event(1, "stream.end"))]
+        assert [one.type for one in gateway.follow(RUN)] == ["stream.end"]

@@ -182,3 +182,14 @@ def test_a_connection_that_broke_is_not_used_again(monkeypatch: pytest.MonkeyPat
         _create({"message": "lost"})
     _create({"message": "after"})
     assert list(ARow.objects.values_list("message", flat=True)) == ["before", "after"]
+
+
+def test_its_run_is_claimed_with_it_and_a_repetition_hears_by_whom() -> None:
+    from taskkit.models import Outbox, Run
+
+    first = _create({"message": "hi"}, key="k", digest=b"d", node="n1", fence="f1")
+    run = Run.objects.get()
+    assert (first.node, first.fence, run.node, run.fence) == ("n1", "f1", "n1", "f1")
+    assert not {"node", "fence"} & Outbox.objects.get().payload.keys()
+    again = _create({"message": "hi"}, key="k", digest=b"d", node="n2", fence="f2")
+    assert (again.run, again.node, again.fence) == (first.run, "n1", "f1")

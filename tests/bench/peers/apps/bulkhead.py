@@ -14,6 +14,8 @@ from tests.bench.peers.apps.driver import first_event
 
 django.setup()
 
+from django.db import transaction  # noqa: E402
+
 from taskkit import get_client, submit  # noqa: E402  (Django first)
 
 URL, TOKEN = os.environ["BENCH_URL"], os.environ["BENCH_TOKEN"]
@@ -23,6 +25,15 @@ BATCH = 1_000
 def one(path: str) -> None:
     """Submit as the README does from Django: a row in the outbox, in a transaction of its own."""
     submit("proj.bench_stamp", kwargs={"path": path})
+
+
+def committed(path: str) -> float:
+    """Submit in a transaction; return the Unix time of its commit, in front of whatever else is done then."""
+    at: list[float] = []
+    with transaction.atomic():
+        transaction.on_commit(lambda: at.append(time.time()))
+        one(path)
+    return at[0]
 
 
 def many(path: str, n: int) -> None:

@@ -25,8 +25,9 @@ PATIENCE = 60.0
 GOLDEN = 0.618034
 
 
-def starts(submit: Callable[[str], object], path: str, n: int, pause: float) -> list[float]:
-    """Submit `n` bodies one after the other; return the seconds from before each call to the body's first act.
+def starts(submit: Callable[[str], float | None], path: str, n: int, pause: float) -> list[float]:
+    """Submit `n` bodies one after the other; return the seconds from before each call to the body's first act; from the
+    moment that `submit` returns, where it does.
 
     Nothing looks for the body in the meantime: it has the machine for itself for `pause` seconds and up to as many
     again, evenly spread, so that no submission is in step with somebody who polls.
@@ -37,7 +38,7 @@ def starts(submit: Callable[[str], object], path: str, n: int, pause: float) -> 
     begun = []
     for number in range(1, n + 1):
         begun.append(time.time())
-        submit(path)
+        begun[-1] = submit(path) or begun[-1]
         time.sleep(pause * (1 + number * GOLDEN % 1))
         _await(path, number)
     return [started - before for started, before in zip(stamps.read(path), begun, strict=True)]
@@ -106,8 +107,8 @@ def serve(app: Any) -> None:
       app: a module of this folder. `one(path)` has one body stamp the file at this path; `many(path, n)` has so many
         do so, in the way that a user with many would be told to take; `death(path, number, timeout)` has one body die
         of this signal, and returns the Unix time at which its client knows, or None after so many seconds; `first()`
-        has one body speak, and returns the Unix time at which a subscriber has heard it. A module has what its
-        contests need.
+        has one body speak, and returns the Unix time at which a subscriber has heard it; `committed(path)` does as
+        `one`, and returns the Unix time of its commit. A module has what its contests need.
     """
 
     def death(path: str, number: int, timeout: float) -> float | None:
@@ -116,6 +117,7 @@ def serve(app: Any) -> None:
 
     handlers: dict[str, Callable[..., Any]] = {
         "starts": lambda **given: starts(app.one, **given),
+        "commits": lambda **given: starts(app.committed, **given),
         "bulk": lambda **given: bulk(app, **given),
         "death": death,
         "firsts": lambda **given: firsts(app.first, **given),

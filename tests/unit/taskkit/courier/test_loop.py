@@ -387,10 +387,10 @@ def test_missing_tables_are_waited_for(
 
 
 def test_it_registers_its_node_and_renews_it(quiet_tree: Tree, monkeypatch: pytest.MonkeyPatch) -> None:
-    from taskkit.courier import database
+    from taskkit.courier import lease
     from taskkit.models import Node
 
-    monkeypatch.setattr(database, "RENEWAL", 0.1)
+    monkeypatch.setattr(lease, "ALONE", 0.1)
     name = quiet_tree.start()
     node = Node.objects.get()
     assert (node.name, node.poke_address, node.pid) == (name, quiet_tree.poke_path, os.getppid())

@@ -178,11 +178,11 @@ def test_a_slow_database_gets_smaller_pieces(
     sizes: list[int] = []
     write = projection.write
 
-    def slow(using: str, transitions: Any) -> None:
+    def slow(using: str, transitions: Any, node: str) -> None:
         sizes.append(len(transitions))
         if len(transitions) > 30:
             raise OperationalError("hangs")
-        write(using, transitions)
+        write(using, transitions, node)
 
     monkeypatch.setattr(projection, "write", slow)
     while database.held:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from taskkit.wire.messages import Forgotten, Recall, Told, Transition
+from taskkit.wire.messages import Company, Forgotten, Recall, Told, Transition
 from tests.unit.taskkit.courier.harness import PATIENCE, Tree
 
 
@@ -114,11 +114,14 @@ def test_runs_of_another_tree_are_not_asked_about(asking: Tree) -> None:
 
     from taskkit.models import Node
 
+    later = timezone.now() + timedelta(seconds=300)
+    Node.objects.create(name="other", poke_address="@x", pid=1, seen_at=timezone.now(), expires_at=later)
     _run()
-    Node.objects.create(name="other", poke_address="@x", pid=1, seen_at=timezone.now())
-    asking.start()
+    _run(node="other")
+    mine = _run(node=asking.start())
     asking.link()
-    asking.expect_silence(0.5)
+    assert asking.expect(Company).shared
+    assert asking.expect(Recall).runs == {mine: 3}
 
 
 def test_a_tree_that_has_gone_is_no_other_tree(asking: Tree) -> None:
