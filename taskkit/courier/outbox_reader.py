@@ -77,11 +77,21 @@ def _with_their_own(using: str, submissions: list[Submit], node: str) -> list[Su
             Run.objects.using(using).filter(id=one.id, fence=one.fence).update(node=other)
             away.add(one.id)
     stay = [one for one in submissions if one.id not in away]
-    wanted = {id for one in stay for id in (one.parent, *one.after) if id and owners.get(id) == ""}
-    if wanted:
-        kept = Case(When(fence="", then=Value(new_token())), default=F("fence"))
-        runs.filter(id__in=wanted, node="", status__in=OPEN).update(node=node, fence=kept)
+    _claim_all(using, {id for one in stay for id in (one.parent, *one.after) if id}, node)
     return stay
+
+
+def _claim_all(using: str, ids: set[str], node: str) -> None:
+    """Claim those of these runs that are nobody's, and what these wait for in turn."""
+    kept = Case(When(fence="", then=Value(new_token())), default=F("fence"))
+    seen: set[str] = set()
+    while ids:
+        runs = Run.objects.using(using).filter(id__in=ids, node="", status__in=OPEN)
+        mine = list(runs.values_list("id", flat=True))
+        runs.update(node=node, fence=kept)
+        seen |= ids
+        waiting = Outbox.objects.using(using).filter(id__in=mine).values_list("payload", flat=True)
+        ids = {str(id) for one in waiting for id in (one.get("parent"), *one.get("after", ())) if id} - seen
 
 
 def _entries(

@@ -11,8 +11,9 @@ paused, or cut off from the database; it finds a note when it is back (`Takeover
 Best effort, on purpose: user code of a paused node runs on until that node has read its notes; only its outcome does
 not count. What Django was not told does not survive: events and inputs of the old node, a cancellation under way, an
 attempt that began in its last moments (the next has its number), an end that it did not get to tell (it is performed
-again), what ended runs had told the ones after them (which fail). So a task with `on_lost="fail"`, which may have begun wherever a dead node had claimed it, has failed. A run
-whose options Django does not know waits for its own node.
+again), what ended runs had told those that come after them (which fail). So a task with `on_lost="fail"`, which may
+have begun wherever a dead node had claimed it, has failed. A run whose options Django does not know waits for its own
+node.
 """
 
 from __future__ import annotations

@@ -60,6 +60,18 @@ for task, kwargs, count in json.loads(sys.argv[1]):
             print(submit(task, kwargs=kwargs).id)
 """
 
+_CHAIN = """
+import django
+django.setup()
+from django.db import transaction
+from taskkit import submit
+before = []
+with transaction.atomic():
+    for number in range(3):
+        before = [submit("proj.echo", kwargs={"value": number}, after=before).id]
+        print(*before)
+"""
+
 
 class Nodes:
     """A database and the trees that share it; the trees have one key."""
@@ -97,8 +109,11 @@ class Nodes:
 
     def submit(self, *what: tuple[str, dict[str, Any], int]) -> list[str]:
         """Submit from a Django process, so many of each in a transaction; return the ids."""
+        return self._python(_SUBMIT, json.dumps(what))
+
+    def _python(self, script: str, *arguments: str) -> list[str]:
         done = subprocess.run(
-            [sys.executable, "-c", _SUBMIT, json.dumps(what)],
+            [sys.executable, "-c", script, *arguments],
             capture_output=True,
             text=True,
             check=True,
@@ -107,6 +122,10 @@ class Nodes:
             env=self.trees[0].environment() | {"DJANGO_SETTINGS_MODULE": "tests.project.settings"},
         )
         return done.stdout.split()
+
+    def submit_chain(self) -> list[str]:
+        """Submit three runs of which each comes after the one before, in one transaction; return the ids."""
+        return self._python(_CHAIN)
 
     def name(self, tree: Tree) -> str:
         """Return the name of a tree's node."""

@@ -171,6 +171,15 @@ def test_a_row_made_by_http_is_performed_where_it_was_made(pair: Pair) -> None:
     made.check_ends()
 
 
+def test_a_chain_is_one_nodes_whoever_looks_first(pair: Pair) -> None:
+    made, *_ = pair
+    chains = [made.submit_chain() for _ in range(6)]
+    eventually(lambda: made.unfinished() == 0, 60, "all ends")
+    for chain in chains:
+        assert {made.column("status", run) for run in chain} == {"SUCCESSFUL"}
+        assert len({made.column("node", run) for run in chain}) == 1
+
+
 @pytest.mark.alone
 def test_what_a_killed_node_had_goes_on_with_its_stream_begun_anew(pair: Pair) -> None:
     made, *living = pair
