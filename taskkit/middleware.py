@@ -14,6 +14,7 @@ from typing import Any, Final
 
 from asgiref.sync import markcoroutinefunction
 from django.db import transaction
+from django.db.models.functions import Now
 from django.http import HttpRequest, HttpResponse, JsonResponse
 from django.http.response import HttpResponseBase
 from django.urls import NoReverseMatch, reverse
@@ -113,8 +114,8 @@ def _take_body(request: HttpRequest) -> HttpResponse | None:
 
 
 def _has_tree() -> bool:
-    fresh = timezone.now() - timedelta(seconds=outbox.NODE_FRESH)
-    return Node.objects.using(outbox.alias_of(None)).filter(seen_at__gt=fresh).exists()
+    fresh = Now() - timedelta(seconds=outbox.NODE_FRESH)
+    return Node.objects.using(outbox.alias_of(None)).filter(seen_at__gte=fresh).exists()
 
 
 def _submit(request: HttpRequest, owner: Owner, settings: AsyncRequestSettings) -> str:

@@ -18,7 +18,18 @@ from taskkit.request_models import StoredRequest
 from taskkit.schedule_models import Schedule, Slot
 from taskkit.stream_task import StreamTask
 
-__all__ = ["OPEN", "TOGETHER", "Node", "Outbox", "Run", "Schedule", "Slot", "StoredRequest", "StreamTask", "Takeover"]
+__all__ = [
+    "OPEN",
+    "TOGETHER",
+    "Node",
+    "Outbox",
+    "Run",
+    "Schedule",
+    "Slot",
+    "StoredRequest",
+    "StreamTask",
+    "Takeover",
+]
 
 #: States of a run that has not ended.
 OPEN: Final = tuple(status.value for status in RunStatus if status not in TERMINAL)
