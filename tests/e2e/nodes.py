@@ -19,7 +19,7 @@ import psycopg
 from taskkit import tokens
 from tests.chaos.world import free_port
 from tests.faults import Postgres
-from tests.helpers import FOLDER_PREFIX, ROOT, Tree, is_alive, processes_of
+from tests.helpers import FOLDER_PREFIX, ROOT, Tree, eventually, is_alive, processes_of
 
 #: Seconds of a lease: four renewals a second keep it while this machine stands still for half a second.
 LEASE = 3.0
@@ -155,7 +155,7 @@ class Nodes:
         ends = Counter(run for (run,) in self.query("SELECT run FROM happened WHERE what = 'ended'"))
         assert {run: count for run, count in ends.items() if count > 1} == {}
         assert set(ends) == {run for (run,) in self.query("SELECT id FROM taskkit_run")}
-        assert self.query("SELECT id FROM taskkit_outbox") == []
+        eventually(lambda: not self.query("SELECT id FROM taskkit_outbox"), 10, "an empty outbox")
 
 
 @contextmanager
