@@ -87,6 +87,7 @@ class Throttle:
         self._remembered = 0
         self._since_sweep = 0
         for row in begun:
+            self._since_sweep += 1  # what is out of date in the store goes, however often gateways die
             if row.until > now:
                 age = min(max(0.0, now - row.at), row.until - row.at)
                 self._gates.setdefault((row.task, row.key), _Gate()).begun.append(moment - age)

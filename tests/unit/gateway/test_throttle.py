@@ -252,6 +252,10 @@ def test_what_is_out_of_date_leaves_the_store() -> None:
         found.turn(no * 6.0)
         begin(found, run(no), batch)
     assert batch.begun_before == 1_000.0 + found.moment
+    after, batch = Throttle(batch.begun, 0.0, 9e9), Batch()
+    after.use(TWO_IN_TEN, ())
+    begin(after, run(1), batch)
+    assert batch.begun_before is not None, "no gateway lives for so long"
 
 
 def test_more_than_can_be_remembered_wait(monkeypatch: pytest.MonkeyPatch) -> None:
