@@ -12,11 +12,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Final, TypeAlias
 
-from gateway.flows import UnknownRelative
 from gateway.store.protocol import StoreError
 from gateway.store.rows import KeyRow, RunRow
 from gateway.submission import Submission
-from taskkit.errors import IdempotencyConflict, NotWritable, QueueFull, SubmitError
+from taskkit.errors import IdempotencyConflict, InvalidArguments, NotWritable, QueueFull, SubmitError
 from taskkit.lifecycle import RunStatus
 
 if TYPE_CHECKING:
@@ -179,8 +178,8 @@ class Acceptance:
         """Return whether all is known of the runs that a submission names; if not, one has ended since the look.
 
         Raises:
-          UnknownRelative: there is no run that it comes after.
-          InvalidArguments, QueueFull: as `Flows.check`.
+          InvalidArguments: there is no run that it comes after, or not yet; as `Flows.check`.
+          QueueFull: as `Flows.check`.
         """
         book = self._engine.book
         for id in named_by(submission):
@@ -191,7 +190,7 @@ class Acceptance:
                 return False
             if id != submission.parent or id in submission.after:
                 complaint = {"after": f"there is no run {id}"}
-                raise UnknownRelative(f"the run comes after {id}, which there is not", errors=complaint)
+                raise InvalidArguments(f"the run comes after {id}, which there is not", errors=complaint)
         parent = None if submission.parent is None else book.find(submission.parent)
         book.flows.check(parent, submission.after, submission.id)
         return True

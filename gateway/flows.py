@@ -42,10 +42,6 @@ _REFUSED: Final = 1_000
 _RESULT: Final = 64 * 1024
 
 
-class UnknownRelative(InvalidArguments):
-    """A submission names a run that there is not, or not yet."""
-
-
 class Flows:
     """What open runs have to do with one another.
 

@@ -14,13 +14,12 @@ import msgspec
 import trio
 
 from gateway.bulk import Bulk
-from gateway.flows import UnknownRelative
 from gateway.store.protocol import StoreError
 from gateway.store.rows import RunRow
 from gateway.submission import ON_THE_SPOT, Submission, parse_submission
 from taskkit import failpoints
 from taskkit.channel import Channel
-from taskkit.errors import NotWritable, QueueFull, RemoteWireError, SubmitError
+from taskkit.errors import InvalidArguments, NotWritable, QueueFull, RemoteWireError, SubmitError
 from taskkit.lifecycle import RunStatus
 from taskkit.wire.messages import (
     LIMITS,
@@ -194,9 +193,9 @@ class CourierLink:
             while True:
                 try:
                     return (await self._engine.submit(submission))[0]
-                except UnknownRelative:
-                    if flows.is_hopeless(submission.after):
-                        break
+                except InvalidArguments as error:
+                    if "after" not in error.errors or flows.is_hopeless(submission.after):
+                        raise
                 await trio.sleep(_RELATIVE_PAUSE)
         return (await self._engine.submit(submission))[0]
 
