@@ -261,7 +261,7 @@ class Book:
             replay_of=submission.replay_of,
             concurrency_key=submission.concurrency_key,
             parent=submission.parent,
-            after=msgspec.json.encode(submission.after),
+            after=msgspec.json.encode(submission.after) if submission.after else b"[]",
             fence=submission.fence or new_token(),
         )
         taken = submission.taken

@@ -42,6 +42,10 @@ _REFUSED: Final = 1_000
 _RESULT: Final = 64 * 1024
 
 
+#: `RunRow.after` of a run that comes after none, as most do.
+_NOBODY: Final = b"[]"
+
+
 class Flows:
     """What open runs have to do with one another.
 
@@ -181,6 +185,8 @@ class Flows:
 
     def outcomes(self, run: RunRow) -> bytes:
         """Return what a run has heard of those that it comes after, in their order, as JSON."""
+        if run.after == _NOBODY:
+            return _NOBODY
         told = {row.name: row.data for row in self._inputs.of(run.no)}
         return b"[%b]" % b",".join(told[_name(id)] for id in after_of(run) if _name(id) in told)
 
@@ -206,7 +212,7 @@ def _in_short(error: bytes) -> dict[str, Any]:
 
 def after_of(run: RunRow) -> list[str]:
     """Return the ids of the runs that a run comes after."""
-    return msgspec.json.decode(run.after, type=list[str]) if len(run.after) > 2 else []
+    return [] if run.after == _NOBODY else msgspec.json.decode(run.after, type=list[str])
 
 
 def failed_with(ended: RunRow) -> tuple[RunEvent, dict[str, Any]]:
