@@ -7,6 +7,7 @@ import logging
 import secrets
 import socket
 import time
+from collections import deque
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Final
 
@@ -71,6 +72,9 @@ _LATER: Final = frozenset({QueueFull.code, NotWritable.code})
 #: What the store remembers of other nodes: whether there were any.
 SHARED: Final = "shared"
 
+#: Submissions that are decided on together: so many are checked in 5 ms, for which streams wait.
+_TOGETHER: Final = 100
+
 #: Seconds for an answer about a row.
 _ASK_SECONDS: Final = 5.0
 
@@ -97,6 +101,8 @@ class CourierLink:
         self._look_at = 0.0
         self._put_off = False
         self._bulk: Bulk
+        self._arrived: deque[Submit] = deque()  # as many as the courier sends without an answer
+        self._more = trio.Event()
         self.links = 0
         self.shared = False
         self._in_company = False  # a courier has said whether there are others, behind what they have by now
@@ -116,6 +122,7 @@ class CourierLink:
         self._channel = channel
         self._bulk = Bulk(self._engine.store, lambda run, result: channel.send(transition_of(run, result)))
         self.links += 1
+        self._arrived = deque()
         self._sent.clear()
         self._numbers.clear()
         self._engine.wake()
@@ -123,6 +130,7 @@ class CourierLink:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(channel.run)
                 nursery.start_soon(self._bulk.run)
+                nursery.start_soon(self._take_in, channel, nursery)
                 self._refill(nursery)
                 await self._listen(channel, nursery)
                 nursery.cancel_scope.cancel()
@@ -143,7 +151,11 @@ class CourierLink:
             for other in fds:
                 socket.close(other)
             if isinstance(message, Submit):
-                nursery.start_soon(self._submit, channel, message, channel.size)
+                if channel.size > ON_THE_SPOT or message.taken is not None:
+                    nursery.start_soon(self._submit, channel, message, channel.size)
+                else:
+                    self._arrived.append(message)
+                    self._more.set()
             elif isinstance(message, Told):
                 self._told(message)
                 self._refill(nursery)
@@ -162,6 +174,35 @@ class CourierLink:
 
     # --- outbox rows ---------------------------------------------------------------------------------------
 
+    async def _take_in(self, channel: Channel[Incoming], nursery: trio.Nursery) -> None:
+        """Submit what has arrived, in its order: tasks that are started at once begin in any."""
+        arrived = self._arrived
+        while True:
+            await self._more.wait()
+            self._more = trio.Event()
+            while arrived:
+                taken = [arrived.popleft() for _ in range(min(len(arrived), _TOGETHER))]
+                await self._submit_together(channel, nursery, taken)
+
+    async def _submit_together(
+        self, channel: Channel[Incoming], nursery: trio.Nursery, messages: list[Submit]
+    ) -> None:
+        known: list[tuple[Submit, Submission]] = []
+        for message in messages:
+            try:
+                known.append((message, self._submission(message)))
+            except SubmitError as error:
+                nursery.start_soon(self._refuse, channel, message, error)
+        outcomes = await self._engine.submit_all([submission for _, submission in known])
+        for (message, _), outcome in zip(known, outcomes, strict=True):
+            if isinstance(outcome, InvalidArguments) and "after" in outcome.errors:
+                # It waits for a run that is still on its way, and hinders nobody.
+                nursery.start_soon(self._submit, channel, message, 0)
+            elif isinstance(outcome, SubmitError):
+                nursery.start_soon(self._refuse, channel, message, outcome)
+            else:
+                await self._answer(channel, message, outcome[0])
+
     async def _submit(self, channel: Channel[Incoming], message: Submit, size: int) -> None:
         try:
             if size <= ON_THE_SPOT:
@@ -177,10 +218,16 @@ class CourierLink:
             channel.send(refusal)
             return
         except SubmitError as error:
-            await self._refused(message, error.code, str(error))
-            detail = "; ".join([str(error), *(f"{name}: {text}" for name, text in error.errors.items())])
-            channel.send(Submitted(id=message.id, error=detail, code=error.code, fence=message.fence))
+            await self._refuse(channel, message, error)
             return
+        await self._answer(channel, message, run)
+
+    async def _refuse(self, channel: Channel[Incoming], message: Submit, error: SubmitError) -> None:
+        await self._refused(message, error.code, str(error))
+        detail = "; ".join([str(error), *(f"{name}: {text}" for name, text in error.errors.items())])
+        channel.send(Submitted(id=message.id, error=detail, code=error.code, fence=message.fence))
+
+    async def _answer(self, channel: Channel[Incoming], message: Submit, run: RunRow) -> None:
         if run.id != message.id:
             await self._refused(message, "row-open", f"its row was open already, as run {run.id}")
         fence = run.fence if run.id == message.id else message.fence

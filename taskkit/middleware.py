@@ -13,9 +13,10 @@ from inspect import iscoroutinefunction
 from typing import Any, Final
 
 from asgiref.sync import markcoroutinefunction
+from django.core.exceptions import ImproperlyConfigured
 from django.db import transaction
 from django.db.models.functions import Now
-from django.http import HttpRequest, HttpResponse, JsonResponse
+from django.http import HttpRequest, HttpResponse, JsonResponse, RawPostDataException
 from django.http.response import HttpResponseBase
 from django.urls import NoReverseMatch, reverse
 from django.utils import timezone
@@ -106,7 +107,12 @@ def _take_body(request: HttpRequest) -> HttpResponse | None:
     """
     most = get_settings().async_request.body_bytes
     read = getattr(request, "_read_started", False)  # by a middleware before this one
-    body = request.body if read else request.read(most + 1)
+    try:
+        body = request.body if read else request.read(most + 1)
+    except RawPostDataException:
+        raise ImproperlyConfigured(
+            "a middleware before AsyncRequestMiddleware has read request.POST: the raw body is gone"
+        ) from None
     if len(body) > most:
         return problem(413, "too-large", f"a request may have {most:,} bytes (ASYNC_REQUEST.body_bytes)")
     request._body = body
@@ -122,7 +128,7 @@ def _submit(request: HttpRequest, owner: Owner, settings: AsyncRequestSettings) 
     pool = settings.pool
     if settings.lane is not None:
         pool = import_string(settings.lane)(request) or pool
-    partition = partition_of(request, settings)
+    partition = partition_of(request, settings, owner)
     now = timezone.now()
     alias = outbox.alias_of(None)
     rows = StoredRequest.objects.using(alias)
@@ -133,7 +139,7 @@ def _submit(request: HttpRequest, owner: Owner, settings: AsyncRequestSettings) 
             REQUEST,
             kwargs=asked,
             pool=pool,
-            concurrency_key=str(id) if partition is None else f"partition:{partition}",
+            concurrency_key=partition or str(id),
             subject=owner.subject,
             using=alias,
         )
@@ -142,6 +148,7 @@ def _submit(request: HttpRequest, owner: Owner, settings: AsyncRequestSettings) 
             run=handle.id,
             owner=owner.subject,
             user=owner.user,
+            named=owner.named,
             method=request.method or "",
             path=request.path_info,
             endpoint=request.get_full_path(),

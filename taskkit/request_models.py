@@ -13,6 +13,7 @@ class StoredRequest(models.Model):
       run: its run's id; replayed, a request has others as well.
       owner: the run's `subject`: a user's primary key, or `anon:` with the name of a channel.
       user: primary key of the user; "" for a client without credentials.
+      named: whether ASYNC_REQUEST.user has named the user.
       meta: WSGI's variables of the request (PEP 3333), without credentials.
       path: behind the site's own prefix, without the query, decoded.
       endpoint: as the client wrote it, for people.
@@ -23,7 +24,8 @@ class StoredRequest(models.Model):
     run = models.UUIDField(unique=True)
     owner = models.CharField(max_length=255)
     user = models.CharField(max_length=255, blank=True, default="")
-    method = models.CharField(max_length=20)
+    named = models.BooleanField(default=False)
+    method = models.TextField()
     path = models.TextField()
     endpoint = models.TextField()
     meta = models.JSONField(encoder=DjangoJSONEncoder)

@@ -163,14 +163,14 @@ class BreakerSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
       period: seconds within which they do.
       pause: seconds until one run is tried; doubled each time that it crashes, too.
       longest_pause: seconds that the pause grows to.
-      exempt: names of tasks that are never held back, with `*` for any characters.
+      exempt: names of tasks that are never held back, with `*` for any characters; requests are many views'.
     """
 
     crashes: Annotated[int, Meta(ge=0)] = 5
     period: Annotated[float, Meta(gt=0, le=86_400)] = 60.0
     pause: Annotated[float, Meta(gt=0, le=86_400)] = 10.0
     longest_pause: Annotated[float, Meta(gt=0, le=86_400)] = 300.0
-    exempt: list[str] = []
+    exempt: list[str] = msgspec.field(default_factory=lambda: ["taskkit.request"])
 
 
 class AsyncRequestSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

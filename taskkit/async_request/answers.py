@@ -98,7 +98,7 @@ def _body(response: HttpResponseBase, kept: Kept) -> dict[str, Any]:
         text = codecs.getincrementaldecoder(_charset(response))("strict").decode(
             kept.data, not kept.truncated
         )
-    except UnicodeDecodeError:
+    except ValueError:
         return {"response": base64.b64encode(kept.data).decode(), "encoding": "base64"}
     return {"response": text}
 
@@ -109,8 +109,9 @@ def _kind(response: HttpResponseBase) -> str:
 
 def _charset(response: HttpResponseBase) -> str:
     try:
-        return codecs.lookup(response.charset or "utf-8").name
-    except LookupError:
+        "".encode(response.charset or "utf-8")  # refuses codecs of no text, such as hex
+        return response.charset or "utf-8"
+    except (LookupError, ValueError):
         return "utf-8"
 
 

@@ -13,9 +13,15 @@ MARK: Final = "bulkhead.request"
 
 @dataclass(frozen=True, slots=True)
 class Mark:
-    """Says that a run performs this request; `user`: primary key of who sent it, "" for nobody who is known."""
+    """Says that a run performs this request.
+
+    Attributes:
+      user: primary key of who sent it, "" for nobody who is known.
+      named: he has no session; ASYNC_REQUEST.user has named him.
+    """
 
     user: str
+    named: bool = False
 
 
 def is_performed(request: Any) -> bool:
@@ -42,8 +48,10 @@ def receive(request: HttpRequest) -> None:
 
     request.user = user
     request.auser = auser
-    # Django REST framework asks its own authenticators otherwise, which would look for the credentials.
-    request._force_auth_user = user  # type: ignore[attr-defined]
+    if mark.named:
+        # Django REST framework asks its own authenticators otherwise, which would look for the credentials. Of who has
+        # a session it asks SessionAuthentication, if the view knows that: nobody gets in by a way that the view lacks.
+        request._force_auth_user = user  # type: ignore[attr-defined]
 
 
 def _user(key: str) -> Any:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
 
+from django.core.exceptions import ImproperlyConfigured
 from django.http import HttpRequest
 from django.utils.module_loading import import_string
 
@@ -28,10 +29,17 @@ HERE: Final = "bulkhead_answers_here"
 
 @dataclass(frozen=True, slots=True)
 class Owner:
-    """Whose a request is. `subject`: of its run; `user`: primary key of a user, "" for a client without credentials."""
+    """Whose a request is.
+
+    Attributes:
+      subject: of its run.
+      user: primary key of a user, "" for a client without credentials.
+      named: ASYNC_REQUEST.user has named him.
+    """
 
     subject: str
     user: str = ""
+    named: bool = False
 
 
 class Unknown(Exception):
@@ -51,13 +59,17 @@ def owner_of(request: HttpRequest, settings: AsyncRequestSettings) -> Owner:
 
     Raises:
       Unknown: nobody's.
+      ImproperlyConfigured: ASYNC_REQUEST.user has named somebody who is no user of the project.
     """
     user = getattr(request, "user", None)
-    if (user is None or not user.is_authenticated) and settings.user is not None:
-        find: Callable[[HttpRequest], Any] = import_string(settings.user)
-        user = find(request)
+    named = (user is None or not user.is_authenticated) and settings.user is not None
+    if named:
+        user = _named(request, settings)
     if user is not None and user.is_authenticated:
-        return Owner(str(user.pk), str(user.pk))
+        subject = str(user.pk)
+        if subject.startswith(ANONYMOUS):
+            raise Unknown(f"a user whose key begins with {ANONYMOUS!r} could not be told from a channel")
+        return Owner(subject, subject, named)
     channel = wish_of(request)
     if channel is None or channel.lower() in _YES:
         raise Unknown("log in first")
@@ -66,3 +78,16 @@ def owner_of(request: HttpRequest, settings: AsyncRequestSettings) -> Owner:
     if not is_channel(channel):
         raise Unknown(f"{HEADERS[0]}: a channel's name has 16 to 128 characters of A-Z a-z 0-9 _ -")
     return Owner(ANONYMOUS + channel)
+
+
+def _named(request: HttpRequest, settings: AsyncRequestSettings) -> Any:
+    from django.contrib.auth import get_user_model  # a project need not have users
+
+    assert settings.user is not None
+    find: Callable[[HttpRequest], Any] = import_string(settings.user)
+    user = find(request)
+    if user is not None and user.is_authenticated and not isinstance(user, get_user_model()):
+        raise ImproperlyConfigured(
+            f"ASYNC_REQUEST.user: {settings.user} returned {type(user).__name__}; name a user of AUTH_USER_MODEL"
+        )
+    return user

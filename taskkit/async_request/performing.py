@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ from typing import Any
 
 from django.conf import settings
 from django.core.handlers.base import BaseHandler
+from django.core.handlers.wsgi import WSGIRequest
 from django.core.signals import got_request_exception, request_started
 from django.http import HttpRequest
 from django.http.response import HttpResponseBase, StreamingHttpResponse
@@ -19,10 +21,12 @@ from taskkit.async_request.answers import Kept, shown, spoken
 from taskkit.async_request.recording import rebuilt
 from taskkit.conf import get_settings
 from taskkit.current import current_run
-from taskkit.errors import TaskkitError, TaskTimeout
+from taskkit.errors import RunCancelled, TaskkitError, TaskTimeout
 from taskkit.outbox import alias_of
 from taskkit.request_models import StoredRequest
 from taskkit.tasks import task
+
+_log = logging.getLogger("bulkhead.django")
 
 
 class RequestGone(TaskkitError):
@@ -53,16 +57,18 @@ def request(id: str, method: str, path: str) -> dict[str, Any]:
         )
     performed = rebuilt(stored)
     request_started.send(sender=BaseHandler, environ=performed.environ)
-    with _failures(performed) as failed:
-        response = _handler().get_response(performed)
     try:
-        if failed:
-            _give_up(failed[0])
-        kept = _consumed(response)
-    finally:
-        response.close()  # and whatever the request has opened
+        found = _answered(performed)
+    except (TaskTimeout, RunCancelled):
+        raise
+    except (Exception, SystemExit, GeneratorExit, KeyboardInterrupt) as error:
+        if settings.DEBUG:
+            raise
+        if not isinstance(error, _Told):  # Django has logged that
+            _log.exception("%s %s", method, path)
+        raise ViewFailed("Internal server error") from None
     rows.filter(id=id).update(body=None)
-    return shown(response, kept, endpoint=performed.get_full_path())
+    return found
 
 
 @cache
@@ -70,6 +76,23 @@ def _handler() -> BaseHandler:
     handler = BaseHandler()
     handler.load_middleware()
     return handler
+
+
+class _Told(Exception):
+    """What the view raised, for which Django has an answer of status 500."""
+
+
+def _answered(performed: WSGIRequest) -> dict[str, Any]:
+    with _failures(performed) as failed:
+        response = _handler().get_response(performed)
+    try:
+        if failed and (isinstance(failed[0], TaskTimeout) or settings.DEBUG):
+            raise failed[0]
+        if failed:
+            raise _Told
+        return shown(response, _consumed(response), endpoint=performed.get_full_path())
+    finally:
+        response.close()  # and whatever the request has opened
 
 
 @contextmanager
@@ -85,17 +108,8 @@ def _failures(performed: HttpRequest) -> Iterator[list[BaseException]]:
     got_request_exception.connect(note)
     try:
         yield found
-    except Exception as error:  # DEBUG_PROPAGATE_EXCEPTIONS
-        found.append(error)
-        _give_up(error)
     finally:
         got_request_exception.disconnect(note)
-
-
-def _give_up(error: BaseException) -> None:
-    if isinstance(error, TaskTimeout) or settings.DEBUG:
-        raise error
-    raise ViewFailed("Internal server error") from None
 
 
 def _consumed(response: HttpResponseBase) -> Kept:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable
+import re
+from collections.abc import Sequence
 from typing import Any, Final
 
 from django.conf import settings
@@ -24,19 +25,20 @@ _VARIABLES: Final = (
 )
 
 
-def meta_of(request: HttpRequest, drop: Iterable[str] = ()) -> dict[str, str]:
+def meta_of(request: HttpRequest, drop: Sequence[str] = ()) -> dict[str, str]:
     """Return what is kept of META: headers but for credentials and `drop`, what the server says of the connection.
 
-    Cookies stay, except for those that log in: the session's, the CSRF token's, and messages'.
+    Cookies stay, except for the session's, the CSRF token's, and messages'; with `Cookie` in `drop`, none.
     """
-    dropped = {_variable(name) for name in (*_CREDENTIALS, *HEADERS, *drop)}
+    dropped = {_variable(name) for name in (*_CREDENTIALS, *HEADERS, *drop)} | {settings.CSRF_HEADER_NAME}
     kept = {
         name: value
         for name, value in request.META.items()
         if isinstance(value, str)
         and (name in _VARIABLES or (name.startswith("HTTP_") and name not in dropped))
     }
-    if cookies := _without_credentials(request.META.get("HTTP_COOKIE", "")):
+    cookies = _without_credentials(request.META.get("HTTP_COOKIE", ""))
+    if cookies and "cookie" not in (name.lower() for name in drop):
         kept["HTTP_COOKIE"] = cookies
     kept["wsgi.url_scheme"] = request.scheme or "http"
     return kept
@@ -48,8 +50,10 @@ def _variable(header: str) -> str:
 
 def _without_credentials(header: str) -> str:
     """Return a Cookie header without the cookies that log in, the others as they came."""
-    private = {settings.SESSION_COOKIE_NAME, settings.CSRF_COOKIE_NAME, "messages"}
-    kept = (part.strip() for part in header.split(";") if part.partition("=")[0].strip() not in private)
+    names = (settings.SESSION_COOKIE_NAME, settings.CSRF_COOKIE_NAME, "messages")
+    # Also behind a comma: whoever joins two headers with one makes one cookie of two.
+    private = re.compile(rf"(?:^|[\s,])(?:{'|'.join(map(re.escape, names))})\s*=")
+    kept = (part.strip() for part in header.split(";") if not private.search(part))
     return "; ".join(part for part in kept if part)
 
 
@@ -68,6 +72,6 @@ def rebuilt(stored: StoredRequest) -> WSGIRequest:
         "wsgi.multithread": False,
         "wsgi.multiprocess": True,
         "wsgi.run_once": True,
-        MARK: Mark(stored.user),
+        MARK: Mark(stored.user, stored.named),
     }
     return WSGIRequest(environ)

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import random
+import sys
 import time
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
@@ -117,6 +118,21 @@ def boom(request: HttpRequest) -> HttpResponse:
     raise RuntimeError("secret=42")
 
 
+def late(request: HttpRequest) -> StreamingHttpResponse:
+    """Fail when some of it is out."""
+
+    def chunks() -> Iterator[bytes]:
+        yield b"one"
+        raise RuntimeError("secret=42")
+
+    return StreamingHttpResponse(chunks(), content_type="text/plain")
+
+
+def leaving(request: HttpRequest) -> HttpResponse:
+    """Leave."""
+    sys.exit("secret=42")
+
+
 def forbidden(request: HttpRequest) -> HttpResponse:
     """Refuse."""
     raise PermissionDenied
@@ -149,7 +165,20 @@ def within(request: HttpRequest) -> HttpResponse:
 
 VIEWS = {
     view.__name__: view
-    for view in (token, told, awaited, five, five_awaited, large, binary, boom, forbidden, working)
+    for view in (
+        token,
+        told,
+        awaited,
+        five,
+        five_awaited,
+        large,
+        binary,
+        boom,
+        late,
+        leaving,
+        forbidden,
+        working,
+    )
 }
 VIEWS |= {"exempt": exempt, "patch": patch, "only": only, "only-awaited": only_awaited, "within": within}
 

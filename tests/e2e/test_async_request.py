@@ -241,8 +241,9 @@ def test_what_a_view_refuses_is_its_answer(ann: Visitor, path: str, status: int)
         assert ann.answered(path)["status"] == status
 
 
-def test_what_a_view_raises_stays_with_the_site(ann: Visitor) -> None:
-    found = ann.answered("/boom/")
+@pytest.mark.parametrize("view", ["boom", "late", "leaving"])
+def test_what_a_view_raises_stays_with_the_site(ann: Visitor, view: str) -> None:
+    found = ann.answered(f"/{view}/")
     assert (found["status"], found["response"]) == (500, {"error": "Internal server error"})
     snapshot = ann.tree.http.get(f"/api/v1/runs/{found['task_id']}").json()
     assert snapshot["status"] == "FAILED"

@@ -151,10 +151,13 @@ async def apatient(seconds: float = 60.0) -> None:
 def stubborn(seconds: float = 60.0) -> None:
     """Ignore every polite way of being told to stop."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    emit("ready")
     end = time.monotonic() + seconds
+    told = False
     while time.monotonic() < end:
         try:
+            if not told:
+                told = True
+                emit("ready")  # within: it may be cancelled before this returns
             time.sleep(max(0.0, end - time.monotonic()))
         except RunCancelled:
             emit("ignored")

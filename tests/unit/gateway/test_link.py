@@ -94,6 +94,17 @@ async def test_an_outbox_row_becomes_a_run_and_only_one(tmp_path: Path) -> None:
         assert (run.using, run.origin, run.kwargs) == ("other", "outbox", b'{"n":5}')
 
 
+async def test_rows_that_come_at_once_become_runs_in_their_order(tmp_path: Path) -> None:
+    async with gate(tmp_path) as g, linked(g) as courier:
+        for _ in range(5):  # an order that is left to chance is right once in a while
+            ids = [new_run_id() for _ in range(20)]
+            for id in ids:
+                courier.channel.send(Submit(id=id, task="t.f"))
+            for _ in ids:
+                await courier.next(Submitted)
+            assert [run.id for _, run in sorted(g.engine.book.runs.items())][-20:] == ids
+
+
 async def test_a_row_may_come_before_the_one_that_it_comes_after(tmp_path: Path) -> None:
     async with gate(tmp_path) as g, linked(g) as courier:
         first, second = Submit(id=new_run_id(), task="t.f"), Submit(id=new_run_id(), task="t.f")

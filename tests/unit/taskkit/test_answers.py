@@ -32,6 +32,8 @@ def response(content: bytes, content_type: str) -> HttpResponse:
         ("é".encode("latin-1"), "text/plain; charset=latin-1", {"response": "é"}),
         ("é".encode("latin-1"), "text/plain; charset=utf-8", {"response": "6Q==", "encoding": "base64"}),
         (b"x", "text/plain; charset=no-such", {"response": "x"}),
+        (b"zz", "text/plain; charset=hex", {"response": "zz"}),
+        (b"zz", "text/plain; charset=undefined", {"response": "zz"}),
         (b"", "", {"response": ""}),
     ],
 )

@@ -140,10 +140,9 @@ def test_a_lane_is_a_pool(client: Client) -> None:
 @pytest.mark.parametrize(
     ("body", "headers", "key"),
     [
-        ('{"data": {"id": 7}}', {}, "partition:7"),
-        ('{"data": {"id": "seven"}}', {}, "partition:seven"),
-        ('{"data": {"id": 7}}', {"X-Partition-Key": "k"}, "partition:k"),
-        ("{}", {"X-Partition-Key": "k" * 500}, f"partition:{'k' * 180}"),
+        ('{"data": {"id": 7}}', {}, "object:7"),
+        ('{"data": {"id": "seven"}}', {}, "object:seven"),
+        ('{"data": {"id": 7}}', {"X-Partition-Key": "k"}, "header:<ann>:k"),
         ('{"data": [1]}', {}, None),
         ('{"data": {"id": [1]}}', {}, None),
         ('{"data": {"id": ""}}', {}, None),
@@ -158,7 +157,24 @@ def test_requests_about_one_object_share_a_key(
 
     client.post("/view/", body, content_type="application/json", headers={**ASKS, **headers})
     (stored,) = StoredRequest.objects.all()
-    assert submitted().payload["concurrency_key"] == (str(stored.id) if key is None else key)
+    expected = str(stored.id) if key is None else key.replace("<ann>", stored.owner)
+    assert submitted().payload["concurrency_key"] == expected
+
+
+def test_what_a_client_without_credentials_names_is_its_own() -> None:
+    with with_requests(anonymous=True):
+        Client().post("/view/", '{"data": {"id": 7}}', content_type="application/json", headers=CHANNEL)
+    assert submitted().payload["concurrency_key"] == "object:7:anon:a-channel-of-nobody"
+
+
+def test_long_keys_stay_apart(client: Client) -> None:
+    from taskkit.models import Outbox
+
+    for end in "abb":
+        client.get("/view/", headers={**ASKS, "X-Partition-Key": "k" * 500 + end})
+    keys = [entry.payload["concurrency_key"] for entry in Outbox.objects.all()]
+    assert all(len(key) <= 200 for key in keys)
+    assert sorted(map(keys.count, set(keys))) == [1, 2]
 
 
 def test_the_project_may_say_what_a_request_is_about(client: Client) -> None:
@@ -180,3 +196,59 @@ def test_old_requests_go_when_they_have_been_performed(client: Client) -> None:
     assert first not in left
     assert second in left, "nobody has performed it yet"
     assert len(left) == 2
+
+
+def test_who_is_no_user_of_the_project_owns_nothing(client: Client) -> None:
+    from django.core.exceptions import ImproperlyConfigured
+
+    with (
+        with_requests(user=f"{__name__}.somebody"),
+        pytest.raises(ImproperlyConfigured, match=r"ASYNC_REQUEST\.user.*Somebody"),
+    ):
+        Client().get("/view/", headers=ASKS)
+
+
+class Somebody:
+    """Of another kind than the project's users."""
+
+    pk = 1
+    is_authenticated = True
+
+
+def somebody(request: HttpRequest) -> Somebody:
+    """Name somebody."""
+    return Somebody()
+
+
+def test_a_user_could_not_pass_for_a_channel() -> None:
+    from taskkit.async_request.owners import Unknown, owner_of
+    from taskkit.settings import AsyncRequestSettings
+
+    class Strange(Somebody):
+        pk = "anon:a-channel-of-nobody"  # type: ignore[assignment]
+
+    request = HttpRequest()
+    request.user = Strange()  # type: ignore[assignment]
+    with pytest.raises(Unknown, match="anon:"):
+        owner_of(request, AsyncRequestSettings())
+
+
+@pytest.mark.parametrize(
+    ("sent", "drop", "kept"),
+    [
+        ("a=1; sessionid=S; csrftoken=C; b=2", [], "a=1; b=2"),
+        ("a=1,sessionid=S; b=2", [], "b=2"),
+        ("a=1; mysessionid=x", [], "a=1; mysessionid=x"),
+        ("jwt=J; a=1", ["cookie"], None),
+        ("sessionid=S", [], None),
+    ],
+)
+def test_cookies_that_log_in_are_not_kept(sent: str, drop: list[str], kept: str | None) -> None:
+    from django.test import RequestFactory
+
+    from taskkit.async_request.recording import meta_of
+
+    request = RequestFactory().get("/", headers={"Cookie": sent, "X-CSRFToken": "C"})
+    meta = meta_of(request, drop)
+    assert meta.get("HTTP_COOKIE") == kept
+    assert "HTTP_X_CSRFTOKEN" not in meta
