@@ -121,9 +121,9 @@ async def agen(n: int) -> AsyncIterator[dict[str, int]]:
 
 @task
 def patient(seconds: float = 60.0) -> None:
-    """Say `ready`, wait; clean up with an event when cancelled."""
-    emit("ready")
+    """Say `ready`, wait; clean up with an event when cancelled, which may be before `emit` returns."""
     try:
+        emit("ready")
         time.sleep(seconds)
     except RunCancelled:
         emit("cleaned_up")
