@@ -167,7 +167,7 @@ MUTANTS: Final[Mapping[str, tuple[Change, ...]]] = {
             "taskkit.courier.database",
             '            failpoints.hit("courier.read")\n',
             "            for submission in submissions:\n"
-            "                Outbox.objects.using(self.alias).filter(pk=submission.id).delete()\n"
+            "                outbox_reader.Outbox.objects.using(self.alias).filter(pk=submission.id).delete()\n"
             '            failpoints.hit("courier.read")\n',
         ),
     ),
