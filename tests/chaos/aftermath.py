@@ -23,7 +23,7 @@ from tests.chaos.history import (
 from tests.chaos.world import World, query
 
 #: What may lie in the state directory of a tree that has stopped.
-KNOWN_FILES: Final = frozenset({"blobs", "key", "lock", "store.lock", "store.sqlite3"})
+KNOWN_FILES: Final = frozenset({"blobs", "key", "lock", "node", "store.lock", "store.sqlite3"})
 
 
 def read_store(state_dir: Path, history: History) -> None:
