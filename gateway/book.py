@@ -710,7 +710,7 @@ class Book:
         self._order.limit_time(run, row)
         self._order.limit_rest(run, row)
         attempt.listened = self.moment
-        self.throttle.begun(run, now, self.batch)
+        self.throttle.begun(run, self.moment, now, self.batch)
         self.expiry.remove(run.no)
         self._progressed(row.runner)
         if run.cancelling:  # before it had begun, when only giving it back was asked for

@@ -175,7 +175,10 @@ class CourierLink:
     # --- outbox rows ---------------------------------------------------------------------------------------
 
     async def _take_in(self, channel: Channel[Incoming], nursery: trio.Nursery) -> None:
-        """Submit what has arrived, in its order: tasks that are started at once begin in any."""
+        """Submit what has arrived, in its order: tasks that are started at once begin in any.
+
+        What takes long to check, or was another node's, is not among it, and may be overtaken.
+        """
         arrived = self._arrived
         while True:
             await self._more.wait()

@@ -125,15 +125,15 @@ class Throttle:
             gate.open += 1
             gate.pending += 1
 
-    def begun(self, run: RunRow, now: float, batch: Batch) -> None:
-        """Its attempt begins; `now` is Unix seconds."""
+    def begun(self, run: RunRow, moment: float, now: float, batch: Batch) -> None:
+        """Its attempt begins at `moment`, which may be long after the last `turn`; `now` is Unix seconds."""
         if (gate := self._of(run)) is None:
             return
         gate.pending -= 1
         rate = self._limits[run.task].rate
         if rate is None:
             return
-        gate.begun.append(self.moment)
+        gate.begun.append(moment)
         self._remembered += 1
         batch.begun.append(BegunRow(run.task, run.concurrency_key, now, now + rate.seconds))
         batch.full = True

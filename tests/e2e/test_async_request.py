@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import httpx
@@ -82,7 +83,7 @@ def origin(tree: Tree, request: pytest.FixtureRequest) -> Iterator[str]:
 class Visitor:
     """A client of the site."""
 
-    def __init__(self, tree: Tree, origin: str, session: str = "") -> None:
+    def __init__(self, tree: Tree, origin: str, session: str) -> None:
         self.tree = tree
         cookies = {"sessionid": session} if session else {}
         self.http = httpx.Client(base_url=origin, cookies=cookies, trust_env=False, timeout=PATIENCE)
@@ -115,30 +116,33 @@ class Visitor:
         return found
 
 
+@contextmanager
+def visiting(tree: Tree, origin: str, session: str = "") -> Iterator[Visitor]:
+    """Give a client that has the site's CSRF token."""
+    visitor = Visitor(tree, origin, session)
+    with visitor.http:
+        visitor.csrf = visitor.http.get("/token/").text
+        yield visitor
+
+
 @pytest.fixture
 def ann(tree: Tree, origin: str, sessions: list[str]) -> Iterator[Visitor]:
     """Give a user who is logged in."""
-    visitor = Visitor(tree, origin, sessions[0])
-    with visitor.http:
-        visitor.csrf = visitor.http.get("/token/").text
+    with visiting(tree, origin, sessions[0]) as visitor:
         yield visitor
 
 
 @pytest.fixture
 def bob(tree: Tree, origin: str, sessions: list[str]) -> Iterator[Visitor]:
     """Give another user."""
-    visitor = Visitor(tree, origin, sessions[1])
-    with visitor.http:
-        visitor.csrf = visitor.http.get("/token/").text
+    with visiting(tree, origin, sessions[1]) as visitor:
         yield visitor
 
 
 @pytest.fixture
 def nobody(tree: Tree, origin: str) -> Iterator[Visitor]:
     """Give a visitor who is not logged in."""
-    visitor = Visitor(tree, origin)
-    with visitor.http:
-        visitor.csrf = visitor.http.get("/token/").text
+    with visiting(tree, origin) as visitor:
         yield visitor
 
 

@@ -77,7 +77,8 @@ def test_no_more_begin_in_any_such_time_through_deaths_of_the_gateway(tree: Tree
         eventually(lambda done=done: ended(tree, runs) >= done, SOON)
         tree.kill("gateway")
     times = sorted(end_of(tree, run)["result"] for run in runs)
-    assert all(later - first >= 0.99 for first, later in zip(times, times[3:], strict=False))
+    spans = [later - first for first, later in zip(times, times[3:], strict=False)]
+    assert min(spans) >= 0.99, spans
 
 
 def test_thousands_that_wait_for_one_key_hinder_nobody(tree: Tree, tmp_path: Path) -> None:

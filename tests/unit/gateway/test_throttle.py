@@ -167,7 +167,7 @@ def test_keys_that_nobody_uses_are_forgotten() -> None:
         one = run(no, f"user-{no}")
         assert found.admits(one)
         found.assigned(one)
-        found.begun(one, no * 10.0, Batch())
+        found.begun(one, found.moment, no * 10.0, Batch())
         found.ended(one, begun=True)
     assert len(found._gates) < 2 * throttle._SWEEP
 
@@ -178,7 +178,7 @@ def test_keys_that_nobody_uses_are_forgotten() -> None:
 def begin(found: Throttle, one: RunRow, batch: Batch | None = None) -> None:
     assert found.admits(one)
     found.assigned(one)
-    found.begun(one, 1_000.0 + found.moment, Batch() if batch is None else batch)
+    found.begun(one, found.moment, 1_000.0 + found.moment, Batch() if batch is None else batch)
 
 
 def test_so_many_begin_in_any_such_time() -> None:
@@ -214,7 +214,7 @@ def test_a_run_waits_aside_until_the_time_is_over() -> None:
     for _ in range(3):
         one = take(queues)
         assert one is not None
-        found.begun(one, 0.0, Batch())
+        found.begun(one, found.moment, 0.0, Batch())
     assert one.no == 9
     assert take(queues) is None
     assert found.next() == 10.0
@@ -351,3 +351,16 @@ def test_the_gateway_that_takes_over_knows_the_places_that_are_taken() -> None:
     after.die(id)
     after.round()
     assert {attempt.run.no for attempt in after.book.attempts.values()} == {second.no}
+
+
+def test_a_beginning_counts_from_when_it_is_heard_not_from_the_last_round() -> None:
+    found = throttled({"t": Limit(rate=Rate(1, 10.0))})
+    found.turn(0.0)
+    found.assigned(run(1))
+    found.begun(
+        run(1), 4.0, 1_004.0, Batch()
+    )  # its process took four seconds to begin; nothing else happened
+    found.turn(13.0)
+    assert not found.admits(run(2))
+    found.turn(14.0)
+    assert found.admits(run(2))
